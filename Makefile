@@ -1,0 +1,57 @@
+# Every task of a developer, in a private environment under .venv that is made when missing.
+#
+#   make demo     show what moe-fx does to a model
+#   make test     run the tests; pass arguments to pytest with ARGS, as in: make test ARGS="-k route -x"
+#   make lint     check style and types of Python and C++
+#   make format   bring Python and C++ into that style
+#   make wheel    build a wheel into dist/
+#   make clean    remove everything that make made, the environment included
+#
+# The environment is made with PYTHON (make test PYTHON=python3.12). Versions are pinned in pyproject.toml. An install
+# is repeated only after a change to the packaging or to the C++ sources: Python files are used where they lie.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+BUILD_INPUTS := pyproject.toml $(shell find CMakeLists.txt csrc -type f)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+.PHONY: demo test lint format wheel clean
+
+demo: $(VENV)/models.installed
+	$(BIN)/python -m moe_fx.demo $(ARGS)
+
+test: $(VENV)/test.installed
+	$(BIN)/pytest $(ARGS)
+
+# mypy reads moe_fx through a folder of links in the shape of the installed package (see pyproject.toml).
+lint: $(VENV)/lint.installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	rm -rf $(VENV)/typing && mkdir -p $(VENV)/typing/moe_fx
+	ln -s "$(CURDIR)"/moe_fx/* "$(CURDIR)/passes" "$(CURDIR)/lowering" $(VENV)/typing/moe_fx
+	cd $(VENV)/typing && "$(abspath $(BIN)/mypy)" --config-file "$(CURDIR)/pyproject.toml" --cache-dir ../mypy_cache -p moe_fx
+	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+format: $(VENV)/lint.installed
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+wheel: | $(BIN)/python
+	$(PIP) wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp for each set of extras. The extra `pinned` fixes torch, so that no install changes what another one chose.
+$(VENV)/%.installed: $(BUILD_INPUTS) | $(BIN)/python
+	$(PIP) install --editable '.[$*,pinned]'
+	touch $@

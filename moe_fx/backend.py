@@ -1,0 +1,119 @@
+"""The ``torch.compile`` backend ``moe_ascend``: capture, match, lower, hand off; unfused whenever fusing cannot work.
+
+Found through the entry-point group ``torch_dynamo_backends``. Importing this module, which ``torch.compile`` does
+before any tracing, also installs the hook that makes transformers' eager experts traceable (only while this backend
+traces).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_fx import downstream
+from moe_fx.capture import capture, copy_graph_module, needs_gradients
+from moe_fx.check import checked
+from moe_fx.dump import GraphDumper
+from moe_fx.errors import MoeFxError, MoeFxWarning, UnsupportedError
+from moe_fx.integrations import transformers as transformers_hook
+from moe_fx.lowering import targets
+from moe_fx.options import Options
+from moe_fx.pipeline import PREPARE_HINT, GraphReport, lower, run_passes
+
+transformers_hook.install()
+
+
+def moe_ascend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one dynamo graph.
+
+    Args:
+        gm, example_inputs: as dynamo gives them to a backend.
+        options: see :class:`moe_fx.options.Options`.
+        mode: ``torch.compile``'s mode, passed to Inductor.
+
+    Returns:
+        A callable with the graph's calling convention.
+    """
+    opts = Options.from_user(options)
+    target = targets.of_devices(example_inputs) if opts.target == "auto" else opts.target
+    finisher = downstream.resolve(opts.downstream, target)
+    compile_id = str(torch._guards.CompileContext.current_compile_id() or "0/0")
+    report = GraphReport(compile_id, target, finisher)
+
+    def finish(graph: fx.GraphModule) -> Callable[..., Any]:
+        if opts.report is not None:
+            opts.report(report)
+        return downstream.compile_graph(finisher, graph, example_inputs, mode=mode, config=opts.downstream_options)
+
+    if needs_gradients(example_inputs):
+        report.unfused_reason = "the graph needs gradients, and fused ops are inference-only"
+        _warn(f"{report.unfused_reason}; it runs unfused. Call the model under torch.no_grad() to fuse it.")
+        return finish(gm)
+
+    dumper = GraphDumper(opts.dump_dir, compile_id)
+    try:
+        start = time.perf_counter()
+        fused = capture(gm, example_inputs)
+        report.capture_seconds = time.perf_counter() - start
+        unfused = copy_graph_module(fused) if opts.check else None
+        run_passes(fused, opts, report, dumper)
+    except Exception as error:
+        if opts.strict:
+            raise
+        report.unfused_reason = f"{type(error).__name__}: {error}"
+        advice = "" if isinstance(error, MoeFxError) else " This is a bug in moe-fx: please report it."
+        _warn(f"a graph runs unfused, because it could not be rewritten ({report.unfused_reason}).{advice}")
+        return finish(gm)
+
+    _account(report, opts)
+    dumper.text("report.txt", _plain_report(report))
+    if unfused is not None:
+        canonical = copy_graph_module(fused)
+    lower(fused, report, dumper)
+    compiled = finish(fused)
+    if unfused is not None:
+        return checked(compiled, unfused, canonical, report, opts)
+    return compiled
+
+
+def _account(report: GraphReport, opts: Options) -> None:
+    """Nothing stays silent: misses raise in strict mode, and an unfused MoE or an empty result warns."""
+    if opts.strict and report.missed:
+        lines = [f"{site.kind} at {site.module or site.source}: {site.reason}" for site in report.missed]
+        raise UnsupportedError("strict: these sites were not fused:\n  " + "\n  ".join(lines))
+    uncaptured = [site for site in report.missed if PREPARE_HINT in site.reason]
+    if uncaptured:
+        where = ", ".join(sorted({site.module or "a router" for site in uncaptured})[:3])
+        _warn(f"the experts behind {where} could not be captured and run unfused; {PREPARE_HINT}.")
+    elif not report.matched and _has_matmul(report.graph):
+        misses = f"{len(report.missed)} candidate sites missed" if report.missed else "no candidate site found"
+        _warn(f"nothing in graph {report.compile_id} was fused ({misses}); moe_fx.explain(model, ...) tells why.")
+
+
+def _has_matmul(gm: fx.GraphModule | None) -> bool:
+    """Whether a graph does enough for an empty result to be worth a word."""
+    if gm is None:
+        return False
+    names = ("linear", "mm", "matmul", "bmm", "addmm", "einsum")
+    return any(str(n.target).split(".")[1:2] and str(n.target).split(".")[1] in names for n in gm.graph.nodes)
+
+
+def _plain_report(report: GraphReport) -> str:
+    from moe_fx.explain import Explanation
+
+    return Explanation([report]).to_text()
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"moe_ascend: {message}", MoeFxWarning, stacklevel=3)

@@ -1,0 +1,1 @@
+"""Hooks into model libraries and engines. Nothing here imports them: each hook waits until they are loaded."""

@@ -1,0 +1,140 @@
+"""From a captured graph to a lowered one: run the passes in order, account for every site, lower to the target."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import fx
+from torch.fx.passes.graph_transform_observer import GraphTransformObserver
+
+from moe_fx.dump import GraphDumper
+from moe_fx.lowering import targets
+from moe_fx.options import Options
+from moe_fx.passes import PIPELINE
+from moe_fx.passes.core import Level, MatchContext, Pass, Site
+from moe_fx.passes.graph import aten, is_op, module_class, module_path, reaches, source_line
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class GraphReport:
+    """What happened to one graph.
+
+    Attributes:
+        compile_id: dynamo's ``frame/compile`` id.
+        target, downstream: who runs it.
+        sites: every candidate site, matched or missed, in graph order of their kinds.
+        pass_seconds: time per pass, in the order they ran.
+        capture_seconds: time to bring the graph to ATen.
+        nodes_before, nodes_after: graph sizes around the passes.
+        unfused_reason: why the whole graph ran as it was, if it did.
+        graph: the rewritten graph with canonical ops, before lowering.
+    """
+
+    compile_id: str
+    target: str
+    downstream: str
+    sites: list[Site] = field(default_factory=list)
+    pass_seconds: dict[str, float] = field(default_factory=dict)
+    capture_seconds: float = 0.0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    unfused_reason: str = ""
+    graph: fx.GraphModule | None = None
+
+    @property
+    def matched(self) -> list[Site]:
+        """Sites that were rewritten."""
+        return [site for site in self.sites if site.matched]
+
+    @property
+    def missed(self) -> list[Site]:
+        """Sites that were left as they were."""
+        return [site for site in self.sites if not site.matched]
+
+    def count(self, kind: str) -> int:
+        """Number of matched sites of a kind."""
+        return sum(site.kind == kind for site in self.matched)
+
+
+def active_passes(options: Options) -> list[Pass]:
+    """The passes that the options switch on, in order; a pass whose requirement is off is off too."""
+    active: dict[str, Pass] = {}
+    for cls in PIPELINE:
+        on = options.passes.get(cls.name, cls.enabled_by_default)
+        if on and all(name in active for name in cls.requires):
+            active[cls.name] = cls()
+    return [*active.values(), *options.extra_passes]
+
+
+def run_passes(gm: fx.GraphModule, options: Options, report: GraphReport, dumper: GraphDumper) -> None:
+    """Rewrite ``gm`` in place and fill in ``report``."""
+    ctx = MatchContext(gm, Level(options.level))
+    report.nodes_before = len(gm.graph.nodes)
+    dumper.graph("captured", gm.graph)
+    for item in active_passes(options):
+        start = time.perf_counter()
+        ctx.current = item
+        with GraphTransformObserver(gm, item.name, subsystem="moe_fx"):
+            item.run(ctx)
+        report.pass_seconds[item.name] = time.perf_counter() - start
+        dumper.graph(item.name, gm.graph)
+    gm.graph.lint()
+    gm.recompile()
+    report.sites = ctx.sites + _uncaptured_experts(gm.graph, ctx.sites)
+    report.nodes_after = len(gm.graph.nodes)
+    report.graph = gm
+
+
+def lower(gm: fx.GraphModule, report: GraphReport, dumper: GraphDumper) -> None:
+    """Lower canonical ops to the report's target in place, and note in each site what will run it."""
+    target = targets.load(report.target)
+    nodes = {node.name: node for node in gm.graph.nodes}
+    for site in report.matched:
+        if site.node in nodes:
+            site.kernel = target.kernel_for(nodes[site.node], report.downstream)
+    target.lower(gm, report.downstream)
+    dumper.graph("lowered", gm.graph)
+
+
+PREPARE_HINT = "call moe_fx.prepare(model) before torch.compile"
+
+
+def _uncaptured_experts(graph: fx.Graph, sites: Sequence[Site]) -> list[Site]:
+    """Routers whose selection no experts in this graph consume: their MoE block was left outside the graph."""
+    nodes = {node.name: node for node in graph.nodes}
+    missed_experts = any(site.kind == "experts" and not site.matched for site in sites)
+    found = []
+    for site in sites:
+        if site.kind != "router" or not site.matched or missed_experts:
+            continue
+        route = nodes.get(site.node)
+        if route is None or _consumed(route):
+            continue
+        module = module_path(route)
+        found.append(
+            Site(
+                kind="experts",
+                matched=False,
+                pass_name="capture",
+                module=module,
+                source=source_line(route),
+                reason=(
+                    f"the experts that {module_class(route) or 'this router'} feeds are not in the graph "
+                    f"(dynamo cannot capture their loop); {PREPARE_HINT}"
+                ),
+                node=route.name,
+            )
+        )
+    return found
+
+
+def _consumed(route: fx.Node) -> bool:
+    def is_experts(node: fx.Node) -> bool:
+        return "experts" in str(node.target) or "moe" in str(node.target) or is_op(node, aten.bmm, aten._grouped_mm)
+
+    return reaches(route, is_experts, lambda n: n.op == "call_function", limit=200)

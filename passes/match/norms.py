@@ -1,0 +1,239 @@
+"""RMSNorm in every spelling, and residual add + RMSNorm.
+
+Unfused::
+
+    h = x.float()
+    h = h * rsqrt(h.pow(2).mean(-1, keepdim=True) + eps)     # also pow(-0.5), h / sqrt(...), aten.rms_norm
+    y = weight * h.to(dtype)                                 # cast before the weight
+    y = (weight * h).to(dtype)                               # cast after the weight
+    y = (h * (1 + weight.float())).to(dtype)                 # offset weight
+
+Fused::
+
+    y = moe_fx.rms_norm(x, weight, eps, cast=..., offset=...)
+    y, total = moe_fx.add_rms_norm(x, residual, weight, eps, ...)   # when x was itself a residual sum
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_fx.passes.core import Level, MatchContext, Miss, Pass, require
+from moe_fx.passes.graph import (
+    ALIASES,
+    CASTS,
+    arg,
+    aten,
+    bind,
+    dtype,
+    is_last_dim,
+    is_op,
+    number,
+    only_user,
+    peel,
+    rank,
+    same,
+    same_shape,
+    shape,
+)
+
+
+@dataclass
+class _Norm:
+    x: fx.Node
+    eps: float
+    result: fx.Node
+    weight: fx.Node | None = None
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+class RmsNormPass(Pass):
+    """RMSNorm (fp32 inside, cast before or after the weight, weight or 1 + weight) to ``moe_fx.rms_norm``."""
+
+    name = "rms_norm"
+    level = Level.BITWISE
+
+    def run(self, ctx: MatchContext) -> None:
+        for node in list(ctx.graph.nodes):
+            if is_op(node, aten.rms_norm):
+                self._try(ctx, node, _read_op)
+            elif _is_reciprocal_root(node) and _mean_square(node) is not None:
+                self._try(ctx, node, _read_spelled)
+        ctx.finish_pass()
+
+    def _try(self, ctx: MatchContext, node: fx.Node, read: Any) -> None:
+        try:
+            norm = read(node)
+        except Miss as miss:
+            ctx.missed("norm", node, miss)
+            return
+        args = (norm.x, norm.weight, norm.eps)
+        new = ctx.emit_op("rms_norm", args, norm.attributes, like=node)
+        ctx.replace(norm.result, new)
+        form = f"cast {norm.attributes['cast']} weight"
+        if norm.attributes.get("offset"):
+            form = f"{norm.attributes['offset']:g} + weight"
+        if norm.weight is None:
+            form = "no weight"
+        ctx.matched("norm", norm.result, new, form=form, replaced=[norm.result])
+
+
+class AddRmsNormPass(Pass):
+    """Residual add + ``moe_fx.rms_norm`` to ``moe_fx.add_rms_norm``."""
+
+    name = "add_rms_norm"
+    level = Level.BITWISE
+    requires = ("rms_norm",)
+
+    def run(self, ctx: MatchContext) -> None:
+        sites = {site.node: site for site in ctx.sites if site.kind == "norm" and site.matched}
+        for norm in ctx.graph.find_nodes(op="call_function", target=torch.ops.moe_fx.rms_norm.default):
+            total = norm.args[0]
+            if not _is_residual_sum(total):
+                continue
+            x, residual = total.args[:2]
+            attributes = dict(norm.kwargs)
+            new = ctx.emit_op("add_rms_norm", (x, residual, *norm.args[1:]), attributes, like=norm)
+            ctx.replace(norm, ctx.output_of(new, 0))
+            ctx.replace(total, ctx.output_of(new, 1))
+            site = sites.get(norm.name)
+            if site is not None:
+                ctx.sites.remove(site)
+            form = f"add, {site.form}" if site is not None else "add, rms_norm"
+            normed = site.replaced[0] if site is not None else norm
+            ctx.matched("norm", norm, new, form=form, replaced=[normed, total])
+        ctx.finish_pass()
+
+
+def _is_residual_sum(node: Any) -> bool:
+    """``a + b`` of two activations of one shape and dtype, neither of them a constant."""
+    if not is_op(node, aten.add) or number(node.kwargs.get("alpha", 1)) != 1:
+        return False
+    x, residual = node.args
+    if not (isinstance(x, fx.Node) and isinstance(residual, fx.Node)) or "placeholder" in (x.op, residual.op):
+        return False
+    if rank(x) < 2 or not same_shape(shape(x), shape(residual)):
+        return False
+    return dtype(x) == dtype(residual) == dtype(node)
+
+
+def _read_op(node: fx.Node) -> _Norm:
+    """``aten.rms_norm``: fp32 inside, cast after the weight; eps defaults to the machine epsilon of fp32."""
+    bound = bind(node)
+    x = bound["input"]
+    require(len(bound["normalized_shape"]) == 1, "the norm is over more than the last dimension", node)
+    eps = bound["eps"]
+    if eps is None:
+        wide = torch.float64 if dtype(x) == torch.float64 else torch.float32
+        eps = torch.finfo(wide).eps
+    return _Norm(x, float(eps), node, bound["weight"], {"cast": "after"})
+
+
+def _is_reciprocal_root(node: fx.Node) -> bool:
+    if is_op(node, aten.rsqrt, aten.sqrt):
+        return True
+    return is_op(node, aten.pow) and number(arg(node, 1)) in (-0.5, 0.5)
+
+
+def _mean_square(node: fx.Node) -> fx.Node | None:
+    """The mean of squares under a root, with or without eps."""
+    inner = node.args[0]
+    if is_op(inner, aten.add):
+        inner = next((a for a in inner.args if is_op(a, aten.mean)), None)
+    if not is_op(inner, aten.mean):
+        return None
+    squared = inner.args[0]  # type: ignore[union-attr]
+    return inner if _squared(squared) is not None else None  # type: ignore[return-value]
+
+
+def _squared(node: Any) -> fx.Node | None:
+    """x of ``x.pow(2)``, ``x.square()`` or ``x * x``."""
+    if is_op(node, aten.square) or (is_op(node, aten.pow) and number(arg(node, 1)) == 2):
+        return node.args[0]  # type: ignore[no-any-return]
+    if is_op(node, aten.mul) and node.args[0] is node.args[1]:
+        return node.args[0]  # type: ignore[no-any-return]
+    return None
+
+
+def _read_spelled(root: fx.Node) -> _Norm:
+    mean = _mean_square(root)
+    assert mean is not None
+    squared = mean.args[0]
+    wide = _squared(squared)
+    assert wide is not None
+    require(is_last_dim(arg(mean, 1), squared), "the mean is not over the last dimension", mean)
+    require(bool(arg(mean, 2)), "the mean does not keep its dimension", mean)
+    inner = root.args[0]
+    require(inner is not mean, "no eps is added to the mean square", root)
+    eps = number(inner.args[1] if inner.args[0] is mean else inner.args[0])  # type: ignore[union-attr]
+    require(eps is not None, "eps is not a constant", inner)  # type: ignore[arg-type]
+    x = wide
+    if is_op(wide, *CASTS):
+        require(dtype(wide) == torch.float32, f"the norm is computed in {dtype(wide)}, not fp32", wide)
+        x = wide.args[0]  # type: ignore[assignment]
+    require(dtype(wide) == torch.float32, f"the norm is computed in {dtype(wide)}, not fp32", root)
+    interior = [squared, mean, inner, root]
+    for node in interior:
+        require(len(node.users) == 1, "an intermediate of the norm has another consumer", node)  # type: ignore[union-attr]
+    scaled = _read_scaling(root, wide)
+    norm = _Norm(x, float(eps), scaled)  # type: ignore[arg-type]
+    _read_weight(norm)
+    return norm
+
+
+def _read_scaling(root: fx.Node, wide: fx.Node) -> fx.Node:
+    """The node that multiplies x by the reciprocal root (or divides it by the root)."""
+    divides = is_op(root, aten.sqrt) or (is_op(root, aten.pow) and number(arg(root, 1)) == 0.5)
+    node = only_user(root)
+    if divides:
+        require(is_op(node, aten.div) and node.args[0] is wide, "x is not divided by the root", root)  # type: ignore[union-attr]
+        # x / sqrt(v) rounds differently from x * rsqrt(v).
+        raise Miss("the norm divides by a square root, which no kernel's rounding matches bit for bit", node)
+    scales = is_op(node, aten.mul) and {*node.args} == {root, wide}  # type: ignore[union-attr]
+    require(scales, "the reciprocal root does not scale x", root)
+    return node  # type: ignore[return-value]
+
+
+def _read_weight(norm: _Norm) -> None:
+    """Follow the normalised value through cast and weight in either order."""
+    node, source = norm.result, dtype(norm.x)
+    cast = None
+    user = only_user(node)
+    if is_op(user, *CASTS) and dtype(user) == source and source != torch.float32:
+        node, cast, user = user, "before", only_user(user)  # type: ignore[assignment, arg-type]
+    weight, offset = _weight_of(user, node, cast)
+    if weight is not None:
+        assert user is not None
+        node, norm.weight = user, weight
+        if cast is None:
+            after = only_user(node)
+            if is_op(after, *CASTS) and dtype(after).is_floating_point:
+                node = after  # type: ignore[assignment]
+            cast = "after"
+    norm.result = node
+    norm.attributes = {"cast": cast or "after", "offset": offset}
+    if norm.attributes["cast"] == "after" and dtype(node) != source:
+        norm.attributes["out_dtype"] = dtype(node)
+
+
+def _weight_of(user: fx.Node | None, normalised: fx.Node, cast: str | None) -> tuple[fx.Node | None, float]:
+    """``(weight [D], offset)`` when user multiplies the normalised value by one."""
+    if not is_op(user, aten.mul):
+        return None, 0.0
+    assert user is not None
+    other = user.args[1] if user.args[0] is normalised else user.args[0]
+    if not isinstance(other, fx.Node) or rank(other) != 1 or not same(shape(other)[0], shape(normalised)[-1]):
+        return None, 0.0
+    if cast is None and is_op(other, aten.add) and number(arg(other, 1)) is not None:
+        base = other.args[0]
+        if is_op(base, *CASTS) and dtype(base) == torch.float32:
+            return base.args[0], number(arg(other, 1)) or 0.0  # type: ignore[return-value, union-attr]
+    if cast is None and is_op(other, *CASTS) and dtype(other) == torch.float32:
+        return peel(other, *CASTS, *ALIASES), 0.0
+    return other, 0.0
+
+

@@ -1,0 +1,126 @@
+"""Drop ops that change no value: aliases, same-shape views, full slices, same-dtype casts, ``* 1.0``, inert dropout.
+
+Unfused::
+
+    y = alias(x); y = x.view(x.shape); y = x[:, 0:]; y = x.to(x.dtype); y = x.unsqueeze(1).squeeze(1); y = x * 1.0
+
+Fused::
+
+    y = x
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from moe_fx.passes.core import Level, MatchContext, Pass, Stage
+from moe_fx.passes.graph import (
+    RESHAPES,
+    arg,
+    as_slice,
+    aten,
+    bind,
+    dtype,
+    is_op,
+    normalize_dim,
+    number,
+    rank,
+    same,
+    same_shape,
+    shape,
+    value,
+)
+
+
+class DropNoopsPass(Pass):
+    """No-op views, casts, slices, products and dropouts are removed."""
+
+    name = "drop_noops"
+    stage = Stage.NORMALIZE
+    level = Level.BITWISE
+
+    def run(self, ctx: MatchContext) -> None:
+        for node in list(ctx.graph.nodes):
+            if node.op != "call_function" or not isinstance(value(node), torch.Tensor):
+                continue
+            source = _noop_source(node)
+            # A graph output that is a graph input's alias keeps its own identity for the caller.
+            returned = any(user.op == "output" for user in node.users)
+            if source is not None and not (returned and source.op == "placeholder"):
+                node.replace_all_uses_with(source)
+        ctx.finish_pass()
+
+
+def _noop_source(node: fx.Node) -> fx.Node | None:
+    for packets, read in _RULES:
+        if is_op(node, *packets):
+            return read(node)
+    return None
+
+
+def _alias(node: fx.Node) -> fx.Node | None:
+    return node.args[0]  # type: ignore[return-value]
+
+
+def _same_shape_view(node: fx.Node) -> fx.Node | None:
+    source = node.args[0]
+    if same_shape(shape(node), shape(source)):
+        return source  # type: ignore[return-value]
+    if is_op(source, *RESHAPES) and same_shape(shape(node), shape(source.args[0])):
+        return source.args[0]  # type: ignore[union-attr, return-value]
+    return None
+
+
+def _full_slice(node: fx.Node) -> fx.Node | None:
+    cut = as_slice(node)
+    assert cut is not None
+    whole = cut.step == 1 and same(cut.start, 0) and same(cut.stop, shape(cut.source)[cut.dim])
+    return cut.source if whole else None
+
+
+def _same_dtype_cast(node: fx.Node) -> fx.Node | None:
+    source = node.args[0]
+    moved = any(node.kwargs.get(k) is not None for k in ("layout", "device", "memory_format"))
+    return source if dtype(node) == dtype(source) and not moved else None  # type: ignore[return-value]
+
+
+def _squeezed_unsqueeze(node: fx.Node) -> fx.Node | None:
+    source = node.args[0]
+    if is_op(source, aten.unsqueeze) and isinstance(arg(node, 1), int):
+        n = rank(source)
+        if normalize_dim(arg(node, 1), n) == normalize_dim(arg(source, 1), n):  # type: ignore[arg-type]
+            return source.args[0]  # type: ignore[union-attr, return-value]
+    return None
+
+
+def _unit_factor(node: fx.Node) -> fx.Node | None:
+    left, right = node.args[0], node.args[1]
+    for tensor, factor in ((left, right), (right, left)):
+        if isinstance(factor, (int, float)) and number(factor) == 1 and isinstance(tensor, fx.Node):
+            return tensor if dtype(tensor) == dtype(node) else None
+    return None
+
+
+def _unit_divisor(node: fx.Node) -> fx.Node | None:
+    divides = isinstance(node.args[1], (int, float)) and node.args[1] == 1 and not node.kwargs
+    return node.args[0] if divides and dtype(node.args[0]) == dtype(node) else None  # type: ignore[return-value]
+
+
+def _inert_dropout(node: fx.Node) -> fx.Node | None:
+    bound = bind(node)
+    return bound["input"] if not bound["train"] or bound["p"] == 0 else None
+
+
+_RULES: tuple[tuple[tuple[object, ...], Callable[[fx.Node], fx.Node | None]], ...] = (
+    ((aten.alias, aten.detach, aten.lift_fresh), _alias),
+    ((*RESHAPES, aten.expand), _same_shape_view),
+    ((aten.slice,), _full_slice),
+    ((aten._to_copy, aten.to), _same_dtype_cast),
+    ((aten.squeeze.dim,), _squeezed_unsqueeze),
+    ((aten.mul,), _unit_factor),
+    ((aten.div,), _unit_divisor),
+    ((aten.dropout,), _inert_dropout),
+)
