@@ -85,7 +85,9 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
 
     ``float()`` of the symbolic value installs dynamo's guard on it, so another value recompiles.
     """
-    for node in list(gm.graph.nodes):
+    # From the last to the first, so that a float's own inputs are unused by the time they are looked at. Dead code is
+    # not eliminated wholesale: in dynamo's graphs an unused result may come from an in-place method.
+    for node in reversed(list(gm.graph.nodes)):
         symbolic = node.meta.get("example_value")
         if isinstance(symbolic, torch.SymFloat) and node.op != "placeholder":
             try:
@@ -93,7 +95,6 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
             except Exception:  # noqa: S112 - a data-dependent float has no value yet: it stays symbolic.
                 continue
             _replace_with_constant(node, constant)
-    gm.graph.eliminate_dead_code()
     gm.recompile()
 
 

@@ -1,7 +1,7 @@
 """The errors that moe-fx raises on purpose, and the category of its warnings.
 
-Each error carries one message that names the thing and the way out, so that a caller (the command line, say) can show it
-without a traceback. Anything else that escapes moe-fx is a bug in it.
+Each error carries one message that names the thing and the way out, so that a caller (the command line, say) can show
+it without a traceback. Anything else that escapes moe-fx is a bug in it.
 """
 
 __all__ = [

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
@@ -15,7 +16,7 @@ from moe_fx.lowering import targets
 from moe_fx.options import Options
 from moe_fx.passes import PIPELINE
 from moe_fx.passes.core import Level, MatchContext, Pass, Site
-from moe_fx.passes.graph import aten, is_op, module_class, module_path, reaches, source_line
+from moe_fx.passes.graph import getitems, module_class, module_path, reaches, source_line, value
 
 log = logging.getLogger(__name__)
 
@@ -134,7 +135,12 @@ def _uncaptured_experts(graph: fx.Graph, sites: Sequence[Site]) -> list[Site]:
 
 
 def _consumed(route: fx.Node) -> bool:
-    def is_experts(node: fx.Node) -> bool:
-        return "experts" in str(node.target) or "moe" in str(node.target) or is_op(node, aten.bmm, aten._grouped_mm)
+    """Whether the selected ids steer anything here: some floating result depends on them."""
+    ids = getitems(route).get(1)
+    if ids is None:
+        return True
+    return reaches(ids, lambda n: _is_floating(value(n)), lambda n: n.op == "call_function", limit=200)
 
-    return reaches(route, is_experts, lambda n: n.op == "call_function", limit=200)
+
+def _is_floating(fake: object) -> bool:
+    return isinstance(fake, torch.Tensor) and fake.dtype.is_floating_point

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from moe_fx.passes.core import Level, MatchContext, Miss, Pass, Site, Stage
 from moe_fx.passes.match.experts import ExpertsPass
+from moe_fx.passes.match.experts_dense import ExpertsDensePass
+from moe_fx.passes.match.experts_loop import ExpertsLoopPass
 from moe_fx.passes.match.norms import AddRmsNormPass, RmsNormPass
 from moe_fx.passes.match.qk_norm_rope import QkNormRopePass
 from moe_fx.passes.match.router import RouterPass
@@ -18,6 +20,8 @@ PIPELINE: tuple[type[Pass], ...] = (
     DropNoopsPass,
     RouterPass,
     ExpertsPass,
+    ExpertsDensePass,
+    ExpertsLoopPass,
     RmsNormPass,
     QkNormRopePass,
     AddRmsNormPass,

@@ -67,8 +67,8 @@ class ExpertsPass(Pass):
             if is_expert_matmul(node):
                 try:
                     read[node] = read_expert_matmul(node, space)
-                except Miss as miss:
-                    failed[node] = miss
+                except Miss as failure:
+                    failed[node] = failure
         feeders = {node: _feeders(node, read, failed) for node in (*read, *failed)}
         fed = {up for ups in feeders.values() for up in ups}
         for down in (*read, *failed):
@@ -338,7 +338,7 @@ def _rewrite(ctx: MatchContext, site: _Experts) -> None:
     weights = site.weights
     if site.weights_cast is not None and site.weights_cast != dtype(weights):
         weights = ctx.emit(aten._to_copy.default, (weights,), {"dtype": site.weights_cast}, like=anchor)
-    ids = _narrow_ids(ctx, site.ids, anchor)
+    ids = narrow_ids(ctx, site.ids, anchor)
     args = [site.x, weights, ids, gate.weight, site.down.weight, gate.bias, site.down.bias]
     if up is not None:
         args += [up.weight, up.bias]
@@ -352,7 +352,7 @@ def _rewrite(ctx: MatchContext, site: _Experts) -> None:
     ctx.matched("experts", anchor, node, form=site.down.form, replaced=[site.result])
 
 
-def _narrow_ids(ctx: MatchContext, ids: fx.Node, like: fx.Node) -> fx.Node:
+def narrow_ids(ctx: MatchContext, ids: fx.Node, like: fx.Node) -> fx.Node:
     """int32 ids; straight from ``route`` when the ids are its result widened for eager consumers."""
     if is_op(ids, aten._to_copy) and dtype(ids.args[0]) == torch.int32:
         return ids.args[0]  # type: ignore[return-value]

@@ -61,7 +61,7 @@ class RmsNormPass(Pass):
         for node in list(ctx.graph.nodes):
             if is_op(node, aten.rms_norm):
                 self._try(ctx, node, _read_op)
-            elif _is_reciprocal_root(node) and _mean_square(node) is not None:
+            elif _is_reciprocal_root(node) and _mean_square(node) is not None and not _is_variance(node):
                 self._try(ctx, node, _read_spelled)
         ctx.finish_pass()
 
@@ -148,6 +148,13 @@ def _mean_square(node: fx.Node) -> fx.Node | None:
         return None
     squared = inner.args[0]  # type: ignore[union-attr]
     return inner if _squared(squared) is not None else None  # type: ignore[return-value]
+
+
+def _is_variance(root: fx.Node) -> bool:
+    """Whether the mean is of centred values: that is a LayerNorm, no candidate."""
+    mean = _mean_square(root)
+    centred = peel(_squared(mean.args[0]), *CASTS) if mean is not None else None
+    return is_op(centred, aten.sub)
 
 
 def _squared(node: Any) -> fx.Node | None:

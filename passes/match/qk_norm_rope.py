@@ -58,8 +58,8 @@ class _Branch:
     def signature(self) -> tuple[Any, ...]:
         """What a pair of branches must share."""
         return (
-            self.rope.cos,
-            self.rope.sin,
+            peel(self.rope.cos),
+            peel(self.rope.sin),
             self.rope.form,
             self.rope.compute_dtype,
             self.kind,

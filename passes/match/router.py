@@ -65,7 +65,6 @@ class _Router:
     scores: fx.Node
     choice: fx.Node
     bias: fx.Node | None = None
-    inner_topk: fx.Node | None = None
     attributes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -80,17 +79,13 @@ class RouterPass(Pass):
         for topk in reversed(ctx.graph.find_nodes(op="call_function", target=aten.topk.default)):
             if topk in inner or not topk.users:
                 continue
-            try:
-                router = _match(topk)
-            except Miss as miss:
-                if _is_site(topk):
-                    ctx.missed("router", topk, miss)
-                    inner |= _selections_behind(topk)
+            if not _is_site(topk):
                 continue
-            if router.inner_topk is not None:
-                inner.add(router.inner_topk)
-            if _is_site(topk):
-                _rewrite(ctx, topk, router)
+            inner |= _selections_behind(topk)
+            try:
+                _rewrite(ctx, topk, _match(topk))
+            except Miss as miss:
+                ctx.missed("router", topk, miss)
         ctx.finish_pass()
 
 
@@ -105,10 +100,10 @@ def _match(topk: fx.Node) -> _Router:
 
 
 def _read_choice(selected_on: fx.Node) -> _Router:
-    node, groups, inner_topk = selected_on, {}, None
+    node, groups = selected_on, {}
     limited = _read_group_limit(node)
     if limited is not None:
-        node, groups, inner_topk = limited
+        node, groups = limited
     bias = None
     biased = _read_bias(node)
     if biased is not None:
@@ -120,7 +115,7 @@ def _read_choice(selected_on: fx.Node) -> _Router:
         require(not groups, "groups are limited on raw logits", selected_on)
     require(dtype(selected_on) == score_dtype, f"scores are cast to {dtype(selected_on)} before the top-k", selected_on)
     attributes = {"score": score, "order": order, "score_dtype": score_dtype, **groups}
-    return _Router(logits, node, selected_on, bias, inner_topk, attributes)
+    return _Router(logits, node, selected_on, bias, attributes)
 
 
 def _read_score(node: fx.Node) -> tuple[fx.Node, str, torch.dtype]:
@@ -179,8 +174,8 @@ def _read_bias(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return None
 
 
-def _read_group_limit(node: fx.Node) -> tuple[fx.Node, dict[str, Any], fx.Node] | None:
-    """``(choice before the limit, attributes, the groups' top-k)`` of a group-limited selection."""
+def _read_group_limit(node: fx.Node) -> tuple[fx.Node, dict[str, Any]] | None:
+    """``(choice before the limit, attributes)`` of a group-limited selection."""
     if is_op(node, aten.masked_fill):
         choice, mask, fill, keeps = node.args[0], node.args[1], number(node.args[2]), False
     elif is_op(node, aten.where):
@@ -225,7 +220,7 @@ def _read_group_limit(node: fx.Node) -> tuple[fx.Node, dict[str, Any], fx.Node] 
             "group_score": group_score,
             "group_fill": fills[fill],
         }
-    return choice, attributes, topk
+    return choice, attributes
 
 
 def _mask_source(mask: Any) -> fx.Node | None:
@@ -270,11 +265,7 @@ def _read_group_score(node: fx.Node) -> tuple[str, fx.Node]:
 def _rewrite(ctx: MatchContext, topk: fx.Node, router: _Router) -> None:
     picked = getitems(topk)
     values, ids = picked.get(0), picked.get(1)
-    try:
-        weights = _read_weights(router, values, ids)
-    except Miss as miss:
-        ctx.missed("router", topk, miss)
-        return
+    weights = _read_weights(router, values, ids)
     attributes = router.attributes
     args = (router.logits,) if router.bias is None else (router.logits, router.bias)
     node = ctx.emit_op("route", args, attributes, like=topk)

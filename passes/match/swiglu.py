@@ -65,7 +65,10 @@ def _is_candidate(node: fx.Node) -> bool:
     """A product with an activated factor that goes into a projection and comes out of one."""
     if not is_op(node, aten.mul) or not all(isinstance(a, fx.Node) for a in node.args):
         return False
-    if not any(_is_activated_projection(a) for a in node.args):
+    gate, up = node.args
+    if not any(
+        _is_activated_projection(a) and _projection(b) is not None for a, b in ((gate, up), (up, gate))
+    ):
         return False
     user = only_user(node)
     while is_op(user, *VIEWS):
@@ -113,10 +116,10 @@ def _require_plain(node: fx.Node, stop: set[fx.Node]) -> None:
         if parent in stop or parent.op != "call_function":
             continue
         require(not is_op(parent, *CASTS), "the activation is computed in another dtype than its inputs", parent)
-        halves = as_slice(parent) is not None
-        if not halves:
-            private = len(parent.users) == 1 or all(u is node for u in parent.users)
-            require(private, f"{describe(parent)} has another consumer", parent)
+        if as_slice(parent) is not None:
+            continue
+        private = len(parent.users) == 1 or all(u is node for u in parent.users)
+        require(private, f"{describe(parent)} has another consumer", parent)
         _require_plain(parent, stop)
 
 
