@@ -36,7 +36,7 @@ class Target(Protocol):
 
 def load(name: str) -> Target:
     """The target of that name."""
-    return importlib.import_module(_MODULES[name]).TARGET  # type: ignore[no-any-return]
+    return importlib.import_module(_MODULES[name]).TARGET
 
 
 def of_devices(values: Iterable[object]) -> str:

@@ -21,9 +21,7 @@ aten = torch.ops.aten
 
 def needs_gradients(example_inputs: Sequence[Any]) -> bool:
     """Whether autograd will want a backward of this graph."""
-    return torch.is_grad_enabled() and any(
-        isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs
-    )
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in example_inputs)
 
 
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
@@ -49,9 +47,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         with torch.no_grad(), warnings.catch_warnings():
             # Canonical ops that the model calls itself (through moe_fx.prepare) are composite and functional.
             warnings.filterwarnings("ignore", message="At pre-dispatch tracing")
-            exported, signature = aot_export_module(
-                gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={}
-            )
+            exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
     except Exception as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise CaptureError(f"{type(error).__name__}: {first_line}") from error
@@ -74,7 +70,7 @@ def copy_graph_module(gm: fx.GraphModule) -> fx.GraphModule:
     output.meta = dict(result[1].meta)
     for old, new in memo.items():
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
     copy.meta.update(gm.meta)
     return copy
@@ -92,7 +88,7 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
         if isinstance(symbolic, torch.SymFloat) and node.op != "placeholder":
             try:
                 constant = float(symbolic)
-            except Exception:  # noqa: S112 - a data-dependent float has no value yet: it stays symbolic.
+            except Exception:
                 continue
             _replace_with_constant(node, constant)
     gm.recompile()
@@ -100,9 +96,7 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
 
 def _replace_with_constant(node: fx.Node, constant: float) -> None:
     for user in list(node.users):
-        user.args, user.kwargs = fx.map_arg(  # type: ignore[assignment]
-            (user.args, user.kwargs), lambda n: constant if n is node else n
-        )
+        user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: constant if n is node else n)
     if not node.users:
         node.graph.erase_node(node)
 
@@ -135,22 +129,20 @@ def _erase_metadata_asserts(graph: fx.Graph) -> None:
 def _keep_dynamo_metadata(gm: fx.GraphModule, exported: fx.GraphModule) -> None:
     """Carry over what downstream compilers ask of dynamo's graphs: which inputs are parameters, and their sources."""
     exported.meta.update(gm.meta)
-    placeholders = zip(
-        gm.graph.find_nodes(op="placeholder"), exported.graph.find_nodes(op="placeholder"), strict=True
-    )
+    placeholders = zip(gm.graph.find_nodes(op="placeholder"), exported.graph.find_nodes(op="placeholder"), strict=True)
     for old, new in placeholders:
         for key in ("tensor_dict", "example_value", "grapharg", "steal_arg"):
             if key in old.meta:
                 new.meta[key] = old.meta[key]
         if hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+            new._dynamo_source = old._dynamo_source
 
 
 def _write_back_mutations(gm: fx.GraphModule, signature: Any) -> None:
     """Turn the export's extra outputs for mutated inputs into ``copy_`` nodes, and keep the user's outputs."""
     placeholders = {node.name: node for node in gm.graph.find_nodes(op="placeholder")}
     output = gm.graph.output_node()
-    outputs = list(output.args[0])  # type: ignore[arg-type]
+    outputs = list(output.args[0])
     mutated_names = {
         **signature.buffers_to_mutate,
         **getattr(signature, "parameters_to_mutate", {}),
@@ -158,7 +150,9 @@ def _write_back_mutations(gm: fx.GraphModule, signature: Any) -> None:
     }
     n_mutated = len(mutated_names)
     if len(outputs) != n_mutated + len(signature.user_outputs):
-        raise CaptureError("several inputs are overwritten with one and the same value, which the export folds together")
+        raise CaptureError(
+            "several inputs are overwritten with one and the same value, which the export folds together"
+        )
     inputs_of = {**signature.inputs_to_buffers, **signature.inputs_to_parameters}
     name_to_input = {fqn: name for name, fqn in inputs_of.items()}
     updated: dict[fx.Node, fx.Node] = {}

@@ -161,7 +161,9 @@ def _compare(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance | None)
     error, norm = (got - want).norm(), want.norm()
     if error > tolerance.rel_l2 * norm + 1e-30:
         worst = (got - want).abs().max()
-        return f"has relative L2 error {float(error / norm):.3g} (bound {tolerance.rel_l2:g}), largest {float(worst):.3g}"
+        return (
+            f"has relative L2 error {float(error / norm):.3g} (bound {tolerance.rel_l2:g}), largest {float(worst):.3g}"
+        )
     return ""
 
 

@@ -68,7 +68,8 @@ def _inductor(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: d
         if key not in known:
             raise OptionError(f"downstream_options names {key!r}, which Inductor's config does not have")
         patches[key] = value
-    return compile_fx(gm, inputs, config_patches=patches)  # type: ignore[no-any-return]
+    compiled: Any = compile_fx(gm, inputs, config_patches=patches)
+    return compiled
 
 
 def _eager(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: dict[str, Any]) -> CompiledFn:
@@ -78,13 +79,13 @@ def _eager(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: dict
 def _aot_eager(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: dict[str, Any]) -> CompiledFn:
     from torch._dynamo.backends.debugging import aot_eager
 
-    return aot_eager(gm, inputs)  # type: ignore[no-any-return]
+    return aot_eager(gm, inputs)
 
 
 def _torchair(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: dict[str, Any]) -> CompiledFn:
     from torch._dynamo.backends.registry import lookup_backend
 
-    return lookup_backend("npu")(gm, inputs)  # type: ignore[no-any-return]
+    return lookup_backend("npu")(gm, inputs)
 
 
 _COMPILERS: dict[str, Callable[[fx.GraphModule, list[Any], str | None, dict[str, Any]], CompiledFn]] = {

@@ -1,4 +1,4 @@
-"""Artifacts of one compilation: readable graphs and diffs under ``dump_dir``, the same in TORCH_LOGS and structured trace."""
+"""Artifacts of one compilation: readable graphs and diffs, in ``dump_dir``, TORCH_LOGS and the structured trace."""
 
 from __future__ import annotations
 

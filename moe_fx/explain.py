@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
+import inspect
 import itertools
 import types
 import warnings
@@ -172,14 +174,14 @@ def explain(
     with torch.no_grad(), _tracing_anew() as codes, warnings.catch_warnings():
         # What these warnings say is in the explanation, in more detail.
         warnings.simplefilter("ignore", MoeFxWarning)
-        compiled = torch.compile(_fresh_caller(), backend=observer.backend(), dynamic=dynamic)
+        compiled = torch.compile(_fresh_caller(), backend=observer.backend(), dynamic=dynamic, **_isolation())
         with _graph_break_counts() as counts:
             compiled(model, args, kwargs)
     return Explanation(
         graphs=observer.reports,
         graph_breaks=_merge_breaks(observer.breaks, counts),
         model=type(model).__name__ if isinstance(model, torch.nn.Module) else getattr(model, "__name__", repr(model)),
-        recompiles=len(codes) - len(set(codes)),
+        recompiles=len(codes) - len({id(code) for code in codes}),
     )
 
 
@@ -252,51 +254,38 @@ _SERIAL = itertools.count()
 
 
 def _fresh_caller() -> Callable[..., Any]:
-    """A function with code of its own that calls its first argument.
+    """A function with code and globals of its own that calls its first argument.
 
-    Dynamo keeps compiled code, its limits and what it learnt of dynamic shapes per code object; with this one as the
-    outermost frame, a model without graph breaks leaves none of that on its own code.
+    Dynamo keeps compiled code, its limits and what it learnt of dynamic shapes per code object, and its helpers in the
+    frame's globals. With this one as the outermost frame, a model without graph breaks keeps nothing of an explanation;
+    the frames after a graph break do keep code, under a guard on a backend that is gone.
     """
 
     def caller(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return fn(*args, **kwargs)
 
-    name = f"moe_fx_explain_{next(_SERIAL)}"
-    return types.FunctionType(caller.__code__.replace(co_name=name), caller.__globals__, name)
+    code = caller.__code__.replace(co_name=f"moe_fx_explain_{next(_SERIAL)}")
+    return types.FunctionType(code, {"__builtins__": builtins, "__name__": __name__})
+
+
+def _isolation() -> dict[str, Any]:
+    """Keep the code compiled after a graph break out of the limits of the user's own, where torch can (2.13)."""
+    return {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 @contextlib.contextmanager
 def _tracing_anew() -> Iterator[list[types.CodeType]]:
-    """Lift dynamo's recompile limits, list each code object that is compiled, and drop the compiled code in the end."""
+    """Lift dynamo's recompile limits, and list the code object of each frame that is compiled."""
     from torch._dynamo.convert_frame import register_bytecode_hook
 
     codes: list[types.CodeType] = []
-    compiled: set[Any] = set()
-
-    def on_compile(code: types.CodeType, new_code: types.CodeType) -> None:
-        codes.append(code)
-        compiled.add(new_code)
-
-    handle = register_bytecode_hook(on_compile)
+    handle = register_bytecode_hook(lambda code, new_code: codes.append(code))
     limit = 1 << 20
     try:
         with torch._dynamo.config.patch(recompile_limit=limit, accumulated_recompile_limit=limit):
             yield codes
     finally:
         handle.remove()
-        _drop(set(codes), compiled)
-
-
-def _drop(codes: set[types.CodeType], compiled: set[Any]) -> None:
-    """Invalidate the cache entries that hold the given compiled code, as dynamo does when a guarded object dies."""
-    from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list
-    from torch._dynamo.guards import DeletedGuardManagerWrapper
-
-    for code in codes:
-        for entry in _debug_get_cache_entry_list(code):
-            state = getattr(entry.guard_manager, "extra_state", None)
-            if entry.code in compiled and state is not None:
-                state.invalidate(entry, DeletedGuardManagerWrapper("compiled for moe_fx.explain, which is over"))
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The options of the backend: one validated dataclass, from ``torch.compile(options=...)`` and ``MOE_FX_*`` variables."""
+"""The backend's options: one validated dataclass, from ``torch.compile(options=...)`` and ``MOE_FX_*`` variables."""
 
 from __future__ import annotations
 
@@ -66,9 +66,7 @@ class Options:
     )
 
     @classmethod
-    def from_user(
-        cls, given: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None
-    ) -> Options:
+    def from_user(cls, given: Mapping[str, Any] | None = None, environ: Mapping[str, str] | None = None) -> Options:
         """Merge the user's options with the environment and validate them.
 
         Raises:
@@ -83,7 +81,9 @@ class Options:
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name, value in (given or {}).items():
             if name not in known:
-                raise OptionError(f"unknown option {name!r} for backend='moe_ascend'; valid options: {', '.join(known)}")
+                raise OptionError(
+                    f"unknown option {name!r} for backend='moe_ascend'; valid options: {', '.join(known)}"
+                )
             values[name] = _validate(known[name], value, f"option {name!r}")
         return cls(**values)
 
@@ -92,7 +92,7 @@ def table() -> list[dict[str, str]]:
     """The options for documentation and ``moe-fx options``: name, type, default, values, environment variable, doc."""
     rows = []
     for f in dataclasses.fields(Options):
-        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+        default = f.default_factory() if callable(f.default_factory) else f.default
         rows.append(
             {
                 "name": f.name,

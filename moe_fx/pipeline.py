@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,19 @@ from moe_fx.lowering import targets
 from moe_fx.options import Options
 from moe_fx.passes import PIPELINE
 from moe_fx.passes.core import Level, MatchContext, Pass, Site
-from moe_fx.passes.graph import getitems, module_class, module_path, reaches, source_line, value
+from moe_fx.passes.graph import (
+    CASTS,
+    VIEWS,
+    describe,
+    getitems,
+    is_op,
+    module_class,
+    module_path,
+    peel,
+    reaches,
+    source_line,
+    value,
+)
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +99,7 @@ def run_passes(gm: fx.GraphModule, options: Options, report: GraphReport, dumper
         dumper.graph(item.name, gm.graph)
     gm.graph.lint()
     gm.recompile()
-    report.sites = ctx.sites + _uncaptured_experts(gm.graph, ctx.sites)
+    report.sites = ctx.sites + _uncaptured_experts(gm.graph, ctx.sites) + _unread_routers(gm.graph, ctx.sites)
     report.nodes_after = len(gm.graph.nodes)
     report.graph = gm
 
@@ -129,6 +142,35 @@ def _uncaptured_experts(graph: fx.Graph, sites: Sequence[Site]) -> list[Site]:
                     f"(dynamo cannot capture their loop); {PREPARE_HINT}"
                 ),
                 node=route.name,
+            )
+        )
+    return found
+
+
+def _unread_routers(graph: fx.Graph, sites: Sequence[Site]) -> list[Site]:
+    """Matched experts whose ids no canonical route made, and whose selection is no top-k that was already reported."""
+    reported = {site.module for site in sites if site.kind == "router"}
+    nodes = {node.name: node for node in graph.nodes}
+    found = []
+    for site in sites:
+        experts = nodes.get(site.node)
+        if site.kind != "experts" or not site.matched or experts is None:
+            continue
+        ids = peel(experts.args[2], *VIEWS, *CASTS)
+        if is_op(ids, operator.getitem):
+            ids = ids.args[0]
+        block = site.module.rpartition(".")[0]
+        if is_op(ids, torch.ops.moe_fx.route) or any(module.startswith(block) for module in reported):
+            continue
+        found.append(
+            Site(
+                kind="router",
+                matched=False,
+                pass_name="router",
+                module=module_path(ids) or block,
+                source=source_line(ids),
+                reason=f"expert ids come from {describe(ids)}, not from a top-k over scores",
+                node=ids.name,
             )
         )
     return found

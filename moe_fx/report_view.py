@@ -16,7 +16,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -126,9 +126,12 @@ def _ranges(numbers: Sequence[int]) -> str:
 def _headline(explanation: Explanation) -> str:
     targets = sorted({f"{graph.target}, finished by {graph.downstream}" for graph in explanation.graphs})
     name = explanation.model or "model"
-    count = len(explanation.graphs)
-    graphs = f"{count} graph{'s' if count != 1 else ''}"
+    graphs = _count(len(explanation.graphs), "graph")
     return f"{name}: {graphs}" + (f" ({'; '.join(targets)})" if targets else "")
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}{'s' if number != 1 else ''}"
 
 
 def _totals(explanation: Explanation) -> str:
@@ -160,7 +163,7 @@ def _short_reason(reason: str) -> str:
 
 def _facts(explanation: Explanation) -> Iterator[str]:
     if explanation.recompiles:
-        yield f"{explanation.recompiles} recompiles"
+        yield _count(explanation.recompiles, "recompile")
     if explanation.graphs:
         before = sum(graph.nodes_before for graph in explanation.graphs)
         after = sum(graph.nodes_after for graph in explanation.graphs)
@@ -180,7 +183,7 @@ def render(explanation: Explanation) -> RenderableType:
     parts += [Text(f"note: {note}", style="yellow") for note in explanation.notes]
     found = rows(explanation.sites)
     if found:
-        parts.append(_table(found))
+        parts.append(_Sites(found))
     parts.append(Text(_totals(explanation), style="red" if explanation.missed else "green"))
     parts += [Text(line, style="red") for line in _unfused(explanation)]
     parts += [_indented(line) for line in _breaks(explanation)]
@@ -188,15 +191,47 @@ def render(explanation: Explanation) -> RenderableType:
     return Group(*parts)
 
 
-def _table(found: Sequence[Row]) -> Table:
-    table = Table("", *_HEADINGS, box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    for column in table.columns[1:]:
-        column.overflow = "fold"
-    for row in found:
-        mark = Text("✓", style="green") if row.matched else Text("✗", style="bold red")
-        *cells, outcome = row.cells
-        table.add_row(mark, *map(Text, cells), Text(outcome, style="" if row.matched else "red"))
-    return table
+class _Sites:
+    """The rows: one line each where they fit, else two."""
+
+    def __init__(self, found: Sequence[Row]) -> None:
+        self._rows = found
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = self._wide()
+        fits = console.measure(wide, options=options.update(width=_UNLIMITED)).maximum <= options.max_width
+        yield wide if fits or options.max_width >= TEXT_WIDTH else self._narrow()
+
+    def _wide(self) -> Table:
+        table = Table("", *_HEADINGS, box=SIMPLE_HEAD, pad_edge=False, header_style="bold")
+        for column in table.columns[1:]:
+            column.overflow = "fold"
+        for row in self._rows:
+            *cells, outcome = row.cells
+            table.add_row(_mark(row), *map(Text, cells), _outcome(row, outcome))
+        return table
+
+    def _narrow(self) -> Padding:
+        table = Table.grid("", "", "", padding=(0, 2, 0, 0))
+        table.columns[2].overflow = "fold"
+        for row in self._rows:
+            kind, where, source, form, level, outcome = row.cells
+            table.add_row(_mark(row), Text(kind), Text(where))
+            details = Text("".join(f"{part}, " for part in (source, form, level) if part), style="dim")
+            table.add_row("", "", details.append_text(_outcome(row, outcome)))
+        return Padding(table, (1, 0))
+
+
+# Wide enough for any row on one line.
+_UNLIMITED = 10_000
+
+
+def _mark(row: Row) -> Text:
+    return Text("✓", style="green") if row.matched else Text("✗", style="bold red")
+
+
+def _outcome(row: Row, outcome: str) -> Text:
+    return Text(outcome, style="" if row.matched else "not dim red")
 
 
 def _indented(message: str) -> Group:

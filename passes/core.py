@@ -119,8 +119,8 @@ class Pass(abc.ABC):
 class MatchContext:
     """The graph under rewrite and the record of what was found in it.
 
-    Passes create nodes with :meth:`emit`, put them in place with :meth:`replace`, and report through :meth:`matched` and
-    :meth:`missed`.
+    Passes create nodes with :meth:`emit`, put them in place with :meth:`replace`, and report through :meth:`matched`
+    and :meth:`missed`.
     """
 
     def __init__(self, gm: fx.GraphModule, level: Level = Level.TOLERANCE) -> None:
@@ -181,9 +181,7 @@ class MatchContext:
         if was.dtype != now.dtype or was.dim() != now.dim():
             raise AssertionError(f"{new.format_node()} is {now}, but {old.format_node()} was {was}")
         if was.is_contiguous() and not now.is_contiguous():
-            new = self.emit(
-                torch.ops.aten.clone.default, (new,), {"memory_format": torch.contiguous_format}, like=old
-            )
+            new = self.emit(torch.ops.aten.clone.default, (new,), {"memory_format": torch.contiguous_format}, like=old)
         old.replace_all_uses_with(new)
 
     def matched(
@@ -236,9 +234,7 @@ def drop_defaults(overload: torch._ops.OpOverload, attributes: Mapping[str, Any]
     """The attributes that differ from the schema's defaults."""
     defaults = {a.name: a.default_value for a in overload._schema.arguments if a.has_default_value()}
     missing = object()
-    return {
-        name: given for name, given in attributes.items() if not _same_default(defaults.get(name, missing), given)
-    }
+    return {name: given for name, given in attributes.items() if not _same_default(defaults.get(name, missing), given)}
 
 
 def inherit_meta(node: fx.Node, like: fx.Node) -> None:
@@ -269,6 +265,6 @@ def _run_fake(node: fx.Node) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     mode = torch._guards.detect_fake_mode((args, kwargs))
     if mode is None:
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)
     with mode, torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return node.target(*args, **kwargs)

@@ -68,7 +68,7 @@ def value(node: Any) -> Any:
 
 def shape(node: Any) -> torch.Size:
     """Shape of the node's tensor; symbolic sizes stay symbolic."""
-    return value(node).shape  # type: ignore[no-any-return]
+    return value(node).shape
 
 
 def rank(node: Any) -> int:
@@ -79,7 +79,7 @@ def rank(node: Any) -> int:
 
 def dtype(node: Any) -> torch.dtype:
     """Dtype of the node's tensor."""
-    return value(node).dtype  # type: ignore[no-any-return]
+    return value(node).dtype
 
 
 def same(a: Any, b: Any) -> bool:
@@ -126,9 +126,7 @@ def number(x: Any) -> float | None:
         return number(x.args[0])
     if isinstance(x, fx.Node) and x.op == "get_attr" and rank(x) == 0:
         constant = getattr(x.graph.owning_module, str(x.target), None)
-        if isinstance(constant, torch.Tensor) and not isinstance(
-            constant, torch._subclasses.FakeTensor
-        ):
+        if isinstance(constant, torch.Tensor) and not isinstance(constant, torch._subclasses.FakeTensor):
             return float(constant)
     return None
 
@@ -158,7 +156,8 @@ def only_user(node: fx.Node) -> fx.Node | None:
 
 def getitems(node: fx.Node) -> dict[int, fx.Node]:
     """The unpackings of a node with several results, by index."""
-    return {u.args[1]: u for u in node.users if u.target is operator.getitem}  # type: ignore[misc]
+    found: dict[Any, fx.Node] = {u.args[1]: u for u in node.users if u.target is operator.getitem}
+    return found
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,7 @@ def activate(
     return UNARY[act](gate) * up
 
 
-def split_gate_up(
-    h: torch.Tensor, layout: str
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def split_gate_up(h: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Split a merged projection [..., 2I] into (gate, up) by its layout; see ``experts`` for the layouts."""
     if layout == "none":
         return h, None

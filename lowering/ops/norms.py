@@ -68,12 +68,13 @@ def add_rms_norm(
 
 
 def _norm_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[Sample]:
-    for name, kwargs in {
+    cases: dict[str, dict[str, object]] = {
         "cast_before": {},
         "cast_after": dict(cast="after"),
         "offset": dict(cast="after", offset=1.0),
         "no_weight": {},
-    }.items():
+    }
+    for name, kwargs in cases.items():
         for shape in ((1, 64), (2, 5, 128), (3, 4, 2, 16)):
             x = torch.randn(*shape, generator=rng).to(dtype)
             weight = None if name == "no_weight" else torch.randn(shape[-1], generator=rng).to(dtype)

@@ -60,7 +60,7 @@ class CanonicalOp:
     @property
     def overload(self) -> torch._ops.OpOverload:
         """The registered ``torch.ops.moe_fx.<name>.default``."""
-        return getattr(torch.ops.moe_fx, self.name).default  # type: ignore[no-any-return]
+        return getattr(torch.ops.moe_fx, self.name).default
 
     @property
     def doc(self) -> str:

@@ -102,7 +102,11 @@ def _ungated(node: fx.Node) -> Activation:
         inner = _plain(node.args[0])
         if is_op(inner, aten.relu):
             return Activation("relu2", _plain(inner.args[0]), None, "none")
-    if is_op(node, aten.mul) and _plain(node.args[0]) is _plain(node.args[1]) and is_op(_plain(node.args[0]), aten.relu):
+    if (
+        is_op(node, aten.mul)
+        and _plain(node.args[0]) is _plain(node.args[1])
+        and is_op(_plain(node.args[0]), aten.relu)
+    ):
         return Activation("relu2", _plain(_plain(node.args[0]).args[0]), None, "none")
     gate = _read_gate(node)
     if gate is None or gate.act == "scaled_silu" or gate.limit is not None:
@@ -117,7 +121,7 @@ def _read_gate(node: fx.Node) -> _Gate | None:
     if after:
         node = inner
     if is_op(node, *_UNARY):
-        act, source = _UNARY[node.target.overloadpacket], _plain(node.args[0])  # type: ignore[union-attr]
+        act, source = _UNARY[node.target.overloadpacket], _plain(node.args[0])
     elif is_op(node, aten.gelu):
         act = "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
         source = _plain(node.args[0])

@@ -135,5 +135,3 @@ def _read_one_hot_sum(node: fx.Node) -> Routing | None:
 def _dims(node: fx.Node) -> list[int]:
     dim = arg(node, 1)
     return list(dim) if isinstance(dim, (list, tuple)) else [dim]
-
-

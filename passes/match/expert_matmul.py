@@ -81,7 +81,7 @@ def _is_grouped(node: fx.Node) -> bool:
 
 def _operands(node: fx.Node) -> list[fx.Node]:
     if is_op(node, aten.einsum):
-        return list(node.args[1])  # type: ignore[arg-type]
+        return list(node.args[1])
     return [a for a in node.args[:2] if isinstance(a, fx.Node)]
 
 
@@ -94,7 +94,7 @@ def _read_grouped(node: fx.Node, space: PairSpace) -> ExpertMatmul:
         raise Miss("the grouped matmul's offsets are not the cumulated histogram of expert ids", offsets)
     require(counts.offsets, "the grouped matmul's offsets are counts that were not cumulated", offsets)
     stored, transposed = _stored(weight)
-    return ExpertMatmul(node, node, rows, stored, transposed, counts.ids, "grouped_mm")  # type: ignore[arg-type]
+    return ExpertMatmul(node, node, rows, stored, transposed, counts.ids, "grouped_mm")
 
 
 def _stored(weight: Any) -> tuple[fx.Node, bool]:
@@ -111,9 +111,9 @@ def _stored(weight: Any) -> tuple[fx.Node, bool]:
 def _swaps_last_two(node: fx.Node) -> bool:
     n = rank(node)
     if is_op(node, aten.transpose):
-        return {node.args[1] % n, node.args[2] % n} == {n - 1, n - 2}  # type: ignore[operator]
+        return {node.args[1] % n, node.args[2] % n} == {n - 1, n - 2}
     if is_op(node, aten.permute):
-        order = [d % n for d in node.args[1]]  # type: ignore[union-attr, operator]
+        order = [d % n for d in node.args[1]]
         return order == [*range(n - 2), n - 1, n - 2]
     return True
 
@@ -145,7 +145,7 @@ def _gathered_weight(operand: Any) -> tuple[fx.Node, Any, bool] | None:
 
 def _ids_of(index: fx.Node, space: PairSpace) -> fx.Node:
     if rank(index) == 2:
-        return peel(index, *CASTS, *ALIASES)  # type: ignore[no-any-return]
+        return peel(index, *CASTS, *ALIASES)
     pairs = space.pairs(index)
     if pairs is None:
         raise Miss("expert weights are gathered by an index that is not the router's ids", index)
@@ -180,7 +180,7 @@ def _read_batched(node: fx.Node, space: PairSpace) -> ExpertMatmul:
     stored, transposed = _stored(weight)
     return ExpertMatmul(
         node,
-        squeezed,  # type: ignore[arg-type]
+        squeezed,
         vector,
         stored,
         stored_in_out if transposed else not stored_in_out,
@@ -203,9 +203,11 @@ def _read_einsum(node: fx.Node, space: PairSpace) -> ExpertMatmul:
         raise Miss("no operand of the einsum is a gathered expert weight", node)
     weight, index, swapped = gathered
     require(rank(index) == 2 and len(terms[1]) == 4, f"einsum {equation!r} does not gather by [T, k] ids", node)
-    token, slot, a, b = terms[1]
+    token, slot, a, b = list(terms[1])
     contracted = terms[0][-1]
-    require(terms[0] in (token + contracted, token + slot + contracted), f"einsum {equation!r} is no expert matmul", node)
+    require(
+        terms[0] in (token + contracted, token + slot + contracted), f"einsum {equation!r} is no expert matmul", node
+    )
     require(contracted in (a, b), f"einsum {equation!r} contracts no weight dimension", node)
     free = b if contracted == a else a
     require(result == token + slot + free, f"einsum {equation!r} does not give [T, k, out]", node)

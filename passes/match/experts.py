@@ -148,7 +148,9 @@ def _read_site(space: PairSpace, down: ExpertMatmul, ups: list[ExpertMatmul]) ->
         "no routing weights are applied" if weights_in is None else "routing weights are applied twice",
         result,
     )
-    weights, cast = weights_in or weights_out  # type: ignore[misc]
+    applied = weights_in or weights_out
+    assert applied is not None
+    weights, cast = applied
     require(same(shape(x)[0], shape(gate.ids)[0]), "rows and expert ids count different tokens", gate.node)
     ordered = (gate,) if up is None else (gate, up)
     where = "output" if weights_in is None else "input"
@@ -236,9 +238,8 @@ def _read_combine(
         user = only_user(node)
         if user is None:
             raise Miss(f"the product has {len(node.users)} consumers before the sum over experts", node)
-        if is_op(user, *ALIASES, *UNIT_DIMS, *CASTS):
-            node = user
-        elif is_op(user, aten.masked_fill) and space.out_of_range(user.args[1]) is not None:
+        sentinel = is_op(user, aten.masked_fill) and space.out_of_range(user.args[1]) is not None
+        if sentinel or is_op(user, *ALIASES, *UNIT_DIMS, *CASTS):
             node = user
         elif is_op(user, aten.mul) and weights is None:
             factor = user.args[1] if user.args[0] is node else user.args[0]
@@ -258,15 +259,23 @@ def _read_combine(
             node = user
         elif is_op(user, aten.sum):
             return _after_sum(user, node, order, top_k), weights
+        elif _undoes_by_writing(space, user, node, order):
+            node, order = user, TOKEN_MAJOR
         elif is_op(user, aten.index_add, aten.scatter_add, aten.index_put):
             return _read_scatter(space, user, node, order), weights
-        elif is_op(user, aten.index_put) and user.args[2] is node:
-            node = user
         elif is_op(user, aten.einsum, aten.bmm, aten.matmul):
             return _read_contraction(user, node, order, weights)
         else:
             raise Miss(f"{describe(user)} stands between the down projection and the sum over experts", user)
     raise Miss("no sum over the selected experts was found", node)
+
+
+def _undoes_by_writing(space: PairSpace, user: fx.Node, rows: fx.Node, order: Order) -> bool:
+    """``out[perm] = rows``: the sort undone by a scattered write of every row."""
+    if not is_op(user, aten.index_put) or arg(user, 3) or user.args[2] is not rows or len(user.args[1]) != 1:
+        return False
+    permutation = space.permutation(user.args[1][0])
+    return permutation is not None and not permutation.inverse and permutation.order == order
 
 
 def _after_sum(user: fx.Node, summed: fx.Node, order: Order, top_k: Any) -> fx.Node:
@@ -283,7 +292,7 @@ def _after_sum(user: fx.Node, summed: fx.Node, order: Order, top_k: Any) -> fx.N
 def _read_scatter(space: PairSpace, user: fx.Node, rows: fx.Node, order: Order) -> fx.Node:
     """``zeros.index_add(0, tokens, rows)`` and its scatter_add and accumulating index_put spellings."""
     if is_op(user, aten.index_put):
-        into, index, accumulates = user.args[0], user.args[1][0], bool(arg(user, 3))  # type: ignore[index]
+        into, index, accumulates = user.args[0], user.args[1][0], bool(arg(user, 3))
         source = user.args[2]
     else:
         into, index, source = user.args[0], arg(user, 2), arg(user, 3)
@@ -301,7 +310,7 @@ def _read_contraction(
 ) -> tuple[fx.Node, tuple[fx.Node, torch.dtype | None] | None]:
     """``einsum("tai,ta->ti", rows, weights)``: weigh and sum in one."""
     require(weights is None and is_op(user, aten.einsum), "an unknown contraction of the experts' results", user)
-    operands = list(user.args[1])  # type: ignore[arg-type]
+    operands = list(user.args[1])
     inputs, _, result = str(user.args[0]).replace(" ", "").partition("->")
     terms = inputs.split(",")
     if operands[0] is not node:
@@ -315,7 +324,7 @@ def _read_contraction(
 def _absorb_cast(node: fx.Node) -> fx.Node:
     user = only_user(node)
     if is_op(user, *CASTS) and dtype(user).is_floating_point:
-        return user  # type: ignore[return-value]
+        return user
     return node
 
 
@@ -355,9 +364,7 @@ def _rewrite(ctx: MatchContext, site: _Experts) -> None:
 def narrow_ids(ctx: MatchContext, ids: fx.Node, like: fx.Node) -> fx.Node:
     """int32 ids; straight from ``route`` when the ids are its result widened for eager consumers."""
     if is_op(ids, aten._to_copy) and dtype(ids.args[0]) == torch.int32:
-        return ids.args[0]  # type: ignore[return-value]
+        return ids.args[0]
     if dtype(ids) == torch.int32:
         return ids
     return ctx.emit(aten._to_copy.default, (ids,), {"dtype": torch.int32}, like=like)
-
-

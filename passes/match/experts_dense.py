@@ -131,7 +131,7 @@ def _stored(weight: Any) -> tuple[fx.Node | None, bool]:
 
 def _read_einsum(node: fx.Node) -> _Product | None:
     equation = str(node.args[0]).replace(" ", "")
-    operands: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    operands: list[Any] = list(node.args[1])
     inputs, _, result = equation.partition("->")
     terms = inputs.split(",")
     if len(operands) != 2 or len(result) != 3:
@@ -141,7 +141,7 @@ def _read_einsum(node: fx.Node) -> _Product | None:
     rows, weight = operands
     if _stored(weight)[0] is not weight or len(terms[1]) != 3:
         return None
-    expert, a, b = terms[1]
+    expert, a, b = list(terms[1])
     contracted = terms[0][-1]
     token = terms[0].replace(expert, "")[0]
     free = b if contracted == a else a
@@ -224,7 +224,9 @@ def _read_rows(product: _Product) -> tuple[fx.Node, Routing | None]:
     x = node
     while is_op(x, *spread) and not (rank(x) == 2 and same(shape(x)[0], _tokens(product))):
         x = x.args[0]
-    require(rank(x) == 2 and same(shape(x)[0], _tokens(product)), "rows are not all tokens for every expert", product.node)
+    require(
+        rank(x) == 2 and same(shape(x)[0], _tokens(product)), "rows are not all tokens for every expert", product.node
+    )
     return x, routing
 
 
@@ -257,7 +259,7 @@ def _read_combine(down: _Product) -> tuple[fx.Node, Routing | None]:
             over_experts = summed == [down.expert_axis] and rank(node) == 3 and not arg(user, 2)
             require(over_experts, "the sum is not over the experts", user)
             after = only_user(user)
-            return (after if is_op(after, *CASTS) and dtype(after).is_floating_point else user), routing  # type: ignore[return-value]
+            return (after if is_op(after, *CASTS) and dtype(after).is_floating_point else user), routing
         elif not is_op(user, *RESHAPES, *ALIASES, *CASTS):
             raise Miss(f"{describe(user)} stands between the down projection and the sum over experts", user)
         node = user

@@ -269,7 +269,7 @@ def _read_rows(node: fx.Node, tokens: fx.Node | None) -> fx.Node:
     require(is_op(rows, aten.index), "an expert's rows are not gathered tokens", node)
     indices = [i for i in rows.args[1] if i is not None]
     require(indices == [tokens], "an expert's rows are other tokens than its weight's", rows)
-    return peel(rows.args[0], *UNIT_DIMS, *ALIASES)  # type: ignore[no-any-return]
+    return peel(rows.args[0], *UNIT_DIMS, *ALIASES)
 
 
 def _require_complete(terms: list[_Term], result: fx.Node) -> None:
@@ -332,7 +332,7 @@ def _stack(ctx: MatchContext, nodes: list[fx.Node], like: fx.Node) -> fx.Node:
         source = nodes[0].args[0]
         whole = [node.args[0] is source and arg(node, 2) == e for e, node in enumerate(nodes)]
         if all(whole) and same(shape(source)[0], len(nodes)):
-            return source  # type: ignore[return-value]
+            return source
     return ctx.emit(aten.stack.default, (list(nodes),), like=like)
 
 
@@ -353,5 +353,3 @@ def _drop_size_asserts(where: fx.Node) -> None:
 
 def _is_dead(node: fx.Node) -> bool:
     return not node.users and not node.is_impure()
-
-

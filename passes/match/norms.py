@@ -146,8 +146,8 @@ def _mean_square(node: fx.Node) -> fx.Node | None:
         inner = next((a for a in inner.args if is_op(a, aten.mean)), None)
     if not is_op(inner, aten.mean):
         return None
-    squared = inner.args[0]  # type: ignore[union-attr]
-    return inner if _squared(squared) is not None else None  # type: ignore[return-value]
+    squared = inner.args[0]
+    return inner if _squared(squared) is not None else None
 
 
 def _is_variance(root: fx.Node) -> bool:
@@ -160,9 +160,9 @@ def _is_variance(root: fx.Node) -> bool:
 def _squared(node: Any) -> fx.Node | None:
     """x of ``x.pow(2)``, ``x.square()`` or ``x * x``."""
     if is_op(node, aten.square) or (is_op(node, aten.pow) and number(arg(node, 1)) == 2):
-        return node.args[0]  # type: ignore[no-any-return]
+        return node.args[0]
     if is_op(node, aten.mul) and node.args[0] is node.args[1]:
-        return node.args[0]  # type: ignore[no-any-return]
+        return node.args[0]
     return None
 
 
@@ -176,18 +176,18 @@ def _read_spelled(root: fx.Node) -> _Norm:
     require(bool(arg(mean, 2)), "the mean does not keep its dimension", mean)
     inner = root.args[0]
     require(inner is not mean, "no eps is added to the mean square", root)
-    eps = number(inner.args[1] if inner.args[0] is mean else inner.args[0])  # type: ignore[union-attr]
-    require(eps is not None, "eps is not a constant", inner)  # type: ignore[arg-type]
+    eps = number(inner.args[1] if inner.args[0] is mean else inner.args[0])
+    require(eps is not None, "eps is not a constant", inner)
     x = wide
     if is_op(wide, *CASTS):
         require(dtype(wide) == torch.float32, f"the norm is computed in {dtype(wide)}, not fp32", wide)
-        x = wide.args[0]  # type: ignore[assignment]
+        x = wide.args[0]
     require(dtype(wide) == torch.float32, f"the norm is computed in {dtype(wide)}, not fp32", root)
     interior = [squared, mean, inner, root]
     for node in interior:
-        require(len(node.users) == 1, "an intermediate of the norm has another consumer", node)  # type: ignore[union-attr]
+        require(len(node.users) == 1, "an intermediate of the norm has another consumer", node)
     scaled = _read_scaling(root, wide)
-    norm = _Norm(x, float(eps), scaled)  # type: ignore[arg-type]
+    norm = _Norm(x, float(eps), scaled)
     _read_weight(norm)
     return norm
 
@@ -197,12 +197,12 @@ def _read_scaling(root: fx.Node, wide: fx.Node) -> fx.Node:
     divides = is_op(root, aten.sqrt) or (is_op(root, aten.pow) and number(arg(root, 1)) == 0.5)
     node = only_user(root)
     if divides:
-        require(is_op(node, aten.div) and node.args[0] is wide, "x is not divided by the root", root)  # type: ignore[union-attr]
+        require(is_op(node, aten.div) and node.args[0] is wide, "x is not divided by the root", root)
         # x / sqrt(v) rounds differently from x * rsqrt(v).
         raise Miss("the norm divides by a square root, which no kernel's rounding matches bit for bit", node)
-    scales = is_op(node, aten.mul) and {*node.args} == {root, wide}  # type: ignore[union-attr]
+    scales = is_op(node, aten.mul) and {*node.args} == {root, wide}
     require(scales, "the reciprocal root does not scale x", root)
-    return node  # type: ignore[return-value]
+    return node
 
 
 def _read_weight(norm: _Norm) -> None:
@@ -211,7 +211,7 @@ def _read_weight(norm: _Norm) -> None:
     cast = None
     user = only_user(node)
     if is_op(user, *CASTS) and dtype(user) == source and source != torch.float32:
-        node, cast, user = user, "before", only_user(user)  # type: ignore[assignment, arg-type]
+        node, cast, user = user, "before", only_user(user)
     weight, offset = _weight_of(user, node, cast)
     if weight is not None:
         assert user is not None
@@ -219,7 +219,7 @@ def _read_weight(norm: _Norm) -> None:
         if cast is None:
             after = only_user(node)
             if is_op(after, *CASTS) and dtype(after).is_floating_point:
-                node = after  # type: ignore[assignment]
+                node = after
             cast = "after"
     norm.result = node
     norm.attributes = {"cast": cast or "after", "offset": offset}
@@ -238,9 +238,7 @@ def _weight_of(user: fx.Node | None, normalised: fx.Node, cast: str | None) -> t
     if cast is None and is_op(other, aten.add) and number(arg(other, 1)) is not None:
         base = other.args[0]
         if is_op(base, *CASTS) and dtype(base) == torch.float32:
-            return base.args[0], number(arg(other, 1)) or 0.0  # type: ignore[return-value, union-attr]
+            return base.args[0], number(arg(other, 1)) or 0.0
     if cast is None and is_op(other, *CASTS) and dtype(other) == torch.float32:
         return peel(other, *CASTS, *ALIASES), 0.0
     return other, 0.0
-
-

@@ -269,7 +269,7 @@ class PairSpace:
         if is_op(node, aten.repeat_interleave) and node.target is aten.repeat_interleave.self_int:
             source, repeats, dim = node.args[0], arg(node, 1), arg(node, 2)
             if dim in (0, None if rank(source) == 1 else 0) or dim == -rank(source):
-                return source, repeats  # type: ignore[return-value]
+                return source, repeats
             return None
         if is_op(node, *RESHAPES):
             spread = peel(node.args[0], *ALIASES)
@@ -310,7 +310,12 @@ class PairSpace:
         if is_op(node, aten.searchsorted):
             ids = self.pairs(node.args[0])
             right = node.kwargs.get("right") is True or node.kwargs.get("side") == "right"
-            if ids is not None and ids.order.ids is ids.root and right and is_op(peel(node.args[1], *CASTS), aten.arange):
+            if (
+                ids is not None
+                and ids.order.ids is ids.root
+                and right
+                and is_op(peel(node.args[1], *CASTS), aten.arange)
+            ):
                 return Counts(ids.root, offsets=True)
         return None
 
@@ -330,7 +335,7 @@ class PairSpace:
 def _result_of(node: fx.Node, index: int, *packets: Any) -> fx.Node | None:
     """The producer when ``node`` is its result number ``index``."""
     if is_op(node, operator.getitem) and node.args[1] == index and is_op(node.args[0], *packets):
-        return node.args[0]  # type: ignore[return-value]
+        return node.args[0]
     return None
 
 

@@ -159,7 +159,7 @@ def _root(norm: fx.Node) -> fx.Node:
     for _ in range(10):
         node = peel(node)
         if is_op(node, aten.linear, aten.mm, aten.matmul, aten.addmm):
-            return node.args[1] if is_op(node, aten.addmm) else node.args[0]  # type: ignore[return-value]
+            return node.args[1] if is_op(node, aten.addmm) else node.args[0]
         cut = as_slice(node)
         if cut is not None:
             node = cut.source
@@ -168,8 +168,8 @@ def _root(norm: fx.Node) -> fx.Node:
         elif isinstance(node, fx.Node) and node.op == "call_function" and not node.all_input_nodes:
             return node
         else:
-            return node  # type: ignore[return-value]
-    return node  # type: ignore[return-value]
+            return node
+    return node
 
 
 def _rewrite(ctx: MatchContext, first: _Branch, second: _Branch) -> None:
@@ -216,8 +216,8 @@ def _heads(ctx: MatchContext, branch: _Branch) -> fx.Node:
     x = branch.x
     if branch.kind == "full":
         view = shape(branch.rope.x)
-        b, s, n, d = (view[0], view[2], view[1], view[3]) if branch.transposed else view
-        return ctx.emit(aten.unflatten.int, (x, -1, [n, d]), like=branch.norm)
+        heads = view[1] if branch.transposed else view[2]
+        return ctx.emit(aten.unflatten.int, (x, -1, [heads, view[3]]), like=branch.norm)
     if not branch.token_major:
         return ctx.emit(aten.transpose.int, (x, 1, 2), like=branch.norm)
     return x
@@ -226,7 +226,5 @@ def _heads(ctx: MatchContext, branch: _Branch) -> fx.Node:
 def _drop_head_dim(ctx: MatchContext, table: fx.Node, head_axis: int, like: fx.Node) -> fx.Node:
     source = peel(table, *ALIASES)
     if is_op(source, aten.unsqueeze) and arg(source, 1) % rank(source) == head_axis:
-        return source.args[0]  # type: ignore[return-value]
+        return source.args[0]
     return ctx.emit(aten.squeeze.dim, (table, head_axis), like=like)
-
-

@@ -71,7 +71,8 @@ def find_ropes(graph: fx.Graph) -> list[Rope]:
 
 def _products(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node, fx.Node]]:
     """``(a, c, b, s)`` of ``a * c + b * s`` in every argument order."""
-    left, right = node.args[0], node.args[1]
+    left: Any = node.args[0]
+    right: Any = node.args[1]
     if not (is_op(left, aten.mul) and is_op(right, aten.mul)) or number(node.kwargs.get("alpha", 1)) != 1:
         return
     for first, second in ((left, right), (right, left)):
@@ -117,6 +118,7 @@ def _read_pair(node: fx.Node) -> Rope | None:
         parts, stacked = node.args[0].args[0], True
     else:
         return None
+    parts = list(parts)
     difference, total = parts
     if not (len(parts) == 2 and is_op(difference, aten.sub) and is_op(total, aten.add)):
         return None

@@ -100,7 +100,8 @@ def _match(topk: fx.Node) -> _Router:
 
 
 def _read_choice(selected_on: fx.Node) -> _Router:
-    node, groups = selected_on, {}
+    groups: dict[str, Any] = {}
+    node = selected_on
     limited = _read_group_limit(node)
     if limited is not None:
         node, groups = limited
@@ -126,7 +127,7 @@ def _read_score(node: fx.Node) -> tuple[fx.Node, str, torch.dtype]:
         require(is_last_dim(bound["dim"], bound["self"]), "softmax is not over the expert dimension", scores)
         logits, score = bound["self"], "softmax"
     elif is_op(scores, *_ELEMENTWISE_SCORES):
-        packet = scores.target.overloadpacket  # type: ignore[union-attr]
+        packet = scores.target.overloadpacket
         logits, score = scores.args[0], _ELEMENTWISE_SCORES[packet]
         _require_plain_softplus(scores)
     elif is_op(scores, aten.sqrt) and is_op(scores.args[0], aten.softplus):
@@ -319,10 +320,10 @@ def _gathers(user: fx.Node, ids: fx.Node) -> bool:
 def _read_late_score(node: fx.Node, attributes: dict[str, Any]) -> fx.Node:
     """The score that a ``topk -> score`` router applies to the selected logits; widening casts move before it."""
     user, start = only_user(node), node
-    if is_op(user, *CASTS) and _widens(user):  # type: ignore[arg-type]
-        node, user = user, only_user(user)  # type: ignore[assignment, arg-type]
+    if is_op(user, *CASTS) and _widens(user):
+        node, user = user, only_user(user)
     score = None
-    if is_op(user, aten.softmax, aten._softmax) and is_last_dim(arg(user, 1), user):  # type: ignore[arg-type]
+    if is_op(user, aten.softmax, aten._softmax) and is_last_dim(arg(user, 1), user):
         score = "softmax"
     elif is_op(user, aten.sigmoid):
         score = "sigmoid"
@@ -347,13 +348,13 @@ def _read_renormalisation(node: fx.Node, attributes: dict[str, Any]) -> fx.Node:
         return node
     kind, eps, divisor = "eps", 0.0, total
     nxt = only_user(total)
-    if is_op(nxt, aten.add) and number(arg(nxt, 1)) is not None:  # type: ignore[arg-type]
-        divisor, eps = nxt, number(arg(nxt, 1))  # type: ignore[assignment, arg-type]
-    elif is_op(nxt, aten.clamp, aten.clamp_min) and number(arg(nxt, 1)) is not None:  # type: ignore[arg-type]
-        if is_op(nxt, aten.clamp) and arg(nxt, 2) is not None:  # type: ignore[arg-type]
+    if is_op(nxt, aten.add) and number(arg(nxt, 1)) is not None:
+        divisor, eps = nxt, number(arg(nxt, 1))
+    elif is_op(nxt, aten.clamp, aten.clamp_min) and number(arg(nxt, 1)) is not None:
+        if is_op(nxt, aten.clamp) and arg(nxt, 2) is not None:
             return node
-        kind, divisor, eps = "clamp", nxt, number(arg(nxt, 1))  # type: ignore[assignment, arg-type]
-    if quotient.args[1] is not divisor or only_user(divisor) is not quotient:  # type: ignore[arg-type]
+        kind, divisor, eps = "clamp", nxt, number(arg(nxt, 1))
+    if quotient.args[1] is not divisor or only_user(divisor) is not quotient:
         return node
     attributes |= {"renormalize": kind, "eps": eps}
     return quotient
@@ -372,9 +373,9 @@ def _read_scale(node: fx.Node, attributes: dict[str, Any]) -> fx.Node:
 
 def _read_out_cast(node: fx.Node, attributes: dict[str, Any]) -> fx.Node:
     user = only_user(node)
-    if is_op(user, *CASTS) and dtype(user).is_floating_point and user.kwargs.get("device") is None:  # type: ignore[union-attr]
+    if is_op(user, *CASTS) and dtype(user).is_floating_point and user.kwargs.get("device") is None:
         attributes["out_dtype"] = dtype(user)
-        return user  # type: ignore[return-value]
+        return user
     return node
 
 

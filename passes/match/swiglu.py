@@ -66,13 +66,11 @@ def _is_candidate(node: fx.Node) -> bool:
     if not is_op(node, aten.mul) or not all(isinstance(a, fx.Node) for a in node.args):
         return False
     gate, up = node.args
-    if not any(
-        _is_activated_projection(a) and _projection(b) is not None for a, b in ((gate, up), (up, gate))
-    ):
+    if not any(_is_activated_projection(a) and _projection(b) is not None for a, b in ((gate, up), (up, gate))):
         return False
     user = only_user(node)
     while is_op(user, *VIEWS):
-        user = only_user(user)  # type: ignore[arg-type]
+        user = only_user(user)
     return is_op(user, *_PROJECTIONS)
 
 
@@ -86,7 +84,7 @@ def _projection(node: Any) -> fx.Node | None:
     for _ in range(6):
         node = peel(node, *ALIASES, *UNIT_DIMS, aten.clamp, aten.view)
         if is_op(node, *_PROJECTIONS):
-            return node  # type: ignore[no-any-return]
+            return node
         cut = as_slice(node)
         if cut is not None:
             node = cut.source
@@ -156,5 +154,3 @@ def _merge_projections(ctx: MatchContext, gate: fx.Node, up: fx.Node) -> fx.Node
         and same(first.stop * 2, shape(weight)[0])
     )
     return ctx.emit(aten.linear.default, (gate.args[0], weight), like=gate) if halves else None
-
-

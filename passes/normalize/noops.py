@@ -62,15 +62,15 @@ def _noop_source(node: fx.Node) -> fx.Node | None:
 
 
 def _alias(node: fx.Node) -> fx.Node | None:
-    return node.args[0]  # type: ignore[return-value]
+    return node.args[0]
 
 
 def _same_shape_view(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     if same_shape(shape(node), shape(source)):
-        return source  # type: ignore[return-value]
+        return source
     if is_op(source, *RESHAPES) and same_shape(shape(node), shape(source.args[0])):
-        return source.args[0]  # type: ignore[union-attr, return-value]
+        return source.args[0]
     return None
 
 
@@ -84,15 +84,15 @@ def _full_slice(node: fx.Node) -> fx.Node | None:
 def _same_dtype_cast(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     moved = any(node.kwargs.get(k) is not None for k in ("layout", "device", "memory_format"))
-    return source if dtype(node) == dtype(source) and not moved else None  # type: ignore[return-value]
+    return source if dtype(node) == dtype(source) and not moved else None
 
 
 def _squeezed_unsqueeze(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     if is_op(source, aten.unsqueeze) and isinstance(arg(node, 1), int):
         n = rank(source)
-        if normalize_dim(arg(node, 1), n) == normalize_dim(arg(source, 1), n):  # type: ignore[arg-type]
-            return source.args[0]  # type: ignore[union-attr, return-value]
+        if normalize_dim(arg(node, 1), n) == normalize_dim(arg(source, 1), n):
+            return source.args[0]
     return None
 
 
@@ -106,7 +106,7 @@ def _unit_factor(node: fx.Node) -> fx.Node | None:
 
 def _unit_divisor(node: fx.Node) -> fx.Node | None:
     divides = isinstance(node.args[1], (int, float)) and node.args[1] == 1 and not node.kwargs
-    return node.args[0] if divides and dtype(node.args[0]) == dtype(node) else None  # type: ignore[return-value]
+    return node.args[0] if divides and dtype(node.args[0]) == dtype(node) else None
 
 
 def _inert_dropout(node: fx.Node) -> fx.Node | None:
