@@ -62,10 +62,9 @@ def _inductor(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: d
     from torch._inductor.compile_fx import compile_fx
 
     patches = dict(list_mode_options(mode) if mode else {})
-    known = inductor_config.shallow_copy_dict()
     for key, value in config.items():
         key = key.replace("-", "_")
-        if key not in known:
+        if key not in inductor_config._config:  # type: ignore[attr-defined]
             raise OptionError(f"downstream_options names {key!r}, which Inductor's config does not have")
         patches[key] = value
     compiled: Any = compile_fx(gm, inputs, config_patches=patches)

@@ -45,6 +45,13 @@ def install() -> None:
         sys.meta_path.insert(0, _PatchOnImport())
 
 
+def captures(module: torch.nn.Module) -> bool:
+    """Whether the module's experts function is chosen by transformers' experts interface, which this hook answers."""
+    forward = getattr(type(module), "forward", None)
+    by_decorator = getattr(forward, "__globals__", {}).get("__name__") == _MODULE
+    return by_decorator or hasattr(forward, _MARK)
+
+
 class _PatchOnImport:
     """Import hook that patches the experts interface when transformers loads it after ``torch.compile`` was called."""
 
@@ -152,6 +159,7 @@ def _patch_forward(cls: Any, module: Any) -> type:
         return original(self, *args, **kwargs)
 
     forward.__doc__ = original.__doc__
+    setattr(forward, _MARK, True)
     cls.forward = forward
     return cls  # type: ignore[no-any-return]
 

@@ -19,6 +19,7 @@ from moe_fx.passes.graph import (
     UNIT_DIMS,
     arg,
     aten,
+    dtype,
     is_op,
     only_user,
     peel,
@@ -100,8 +101,8 @@ def _read_grouped(node: fx.Node, space: PairSpace) -> ExpertMatmul:
 def _stored(weight: Any) -> tuple[fx.Node, bool]:
     """A right operand [E, in, out] as ``(stored weight, stored as [E, in, out])``."""
     transposed = True
-    while is_op(weight, aten.transpose, aten.permute, aten.t, aten.mT, *ALIASES, *CASTS):
-        if is_op(weight, aten.transpose, aten.permute, aten.mT):
+    while is_op(weight, aten.transpose, aten.permute, aten.mT, *ALIASES):
+        if not is_op(weight, *ALIASES):
             require(_swaps_last_two(weight), "an expert weight is permuted other than by its last two dims", weight)
             transposed = not transposed
         weight = weight.args[0]
@@ -162,6 +163,7 @@ def _read_batched(node: fx.Node, space: PairSpace) -> ExpertMatmul:
     assert gathered is not None
     rows = right if weight_left else left
     weight, index, swapped = gathered
+    require(dtype(node) == dtype(weight), "expert weights are cast after they were gathered", node)
     unit = rank(node) - 1 if weight_left else rank(node) - 2
     unsqueezed = peel(rows, *ALIASES, *CASTS)
     is_vector = is_op(unsqueezed, aten.unsqueeze, aten.view, aten.reshape) and shape(unsqueezed)[unit] == 1
@@ -202,6 +204,7 @@ def _read_einsum(node: fx.Node, space: PairSpace) -> ExpertMatmul:
     if gathered is None:
         raise Miss("no operand of the einsum is a gathered expert weight", node)
     weight, index, swapped = gathered
+    require(dtype(node) == dtype(weight), "expert weights are cast after they were gathered", node)
     require(rank(index) == 2 and len(terms[1]) == 4, f"einsum {equation!r} does not gather by [T, k] ids", node)
     token, slot, a, b = list(terms[1])
     contracted = terms[0][-1]

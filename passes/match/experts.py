@@ -50,7 +50,7 @@ from moe_fx.passes.graph import (
 )
 from moe_fx.passes.match.activation import Activation, read_activation
 from moe_fx.passes.match.expert_matmul import ExpertMatmul, is_expert_matmul, read_expert_matmul
-from moe_fx.passes.match.pairs import TOKEN_MAJOR, Order, PairSpace
+from moe_fx.passes.match.pairs import TOKEN_MAJOR, Order, PairSpace, Rows
 
 
 class ExpertsPass(Pass):
@@ -110,7 +110,7 @@ class _Experts:
     ups: tuple[ExpertMatmul, ...]
     down: ExpertMatmul
     activation: Activation
-    x: fx.Node
+    rows: Rows
     ids: fx.Node
     weights: fx.Node
     weights_cast: torch.dtype | None
@@ -132,11 +132,12 @@ def _feeders(node: fx.Node, read: dict[fx.Node, ExpertMatmul], failed: dict[fx.N
 
 
 def _read_site(space: PairSpace, down: ExpertMatmul, ups: list[ExpertMatmul]) -> _Experts:
-    activation = read_activation(_skip_masks(down.rows, space))
+    activation = read_activation(_skip_fills(down.rows, space))
     gate, up = _assign(activation, ups, space)
-    x, order, weights_in = _read_rows(gate, space)
+    rows, weights_in = _read_rows(gate, space)
+    order = rows.order
     if up is not None:
-        require(_read_rows(up, space) == (x, order, weights_in), "gate and up multiply different rows", up.node)
+        require(_read_rows(up, space) == (rows, weights_in), "gate and up multiply different rows", up.node)
         require(up.transposed == gate.transposed, "gate and up weights are stored in different layouts", up.node)
     for matmul in (*ups, down):
         require(matmul.ids is gate.ids, "gate/up and down are steered by different expert ids", matmul.node)
@@ -151,23 +152,30 @@ def _read_site(space: PairSpace, down: ExpertMatmul, ups: list[ExpertMatmul]) ->
     applied = weights_in or weights_out
     assert applied is not None
     weights, cast = applied
-    require(same(shape(x)[0], shape(gate.ids)[0]), "rows and expert ids count different tokens", gate.node)
+    require(same(shape(rows.x)[0], shape(gate.ids)[0]), "rows and expert ids count different tokens", gate.node)
     ordered = (gate,) if up is None else (gate, up)
     where = "output" if weights_in is None else "input"
-    return _Experts(ordered, down, activation, x, gate.ids, weights, cast, where, result)
+    return _Experts(ordered, down, activation, rows, gate.ids, weights, cast, where, result)
 
 
 def _assign(
     activation: Activation, ups: list[ExpertMatmul], space: PairSpace
 ) -> tuple[ExpertMatmul, ExpertMatmul | None]:
     """Which matmul made the gate and which the up factor."""
-    by_out = {peel(_skip_masks(up.out, space), *CASTS, *ALIASES, *UNIT_DIMS): up for up in ups}
+
+    def source(node: fx.Node) -> Any:
+        inner = None
+        while inner is not node:
+            inner, node = node, peel(_skip_fills(node, space), *CASTS, *ALIASES, *UNIT_DIMS)
+        return node
+
+    by_out = {source(up.out): up for up in ups}
 
     def maker(node: fx.Node) -> ExpertMatmul:
-        source = peel(_skip_masks(node, space), *CASTS, *ALIASES, *UNIT_DIMS)
-        if source not in by_out:
-            raise Miss("the activation's input is not an expert matmul's result", source)
-        return by_out[source]
+        made = source(node)
+        if made not in by_out:
+            raise Miss("the activation's input is not an expert matmul's result", made)
+        return by_out[made]
 
     gate = maker(activation.gate)
     up = None if activation.up is None else maker(activation.up)
@@ -175,41 +183,38 @@ def _assign(
     return gate, up
 
 
-def _skip_masks(node: Any, space: PairSpace) -> Any:
+def _skip_fills(node: Any, space: PairSpace) -> Any:
     """Through fills of sentinel rows: the op skips them by their ids."""
-    while is_op(node, aten.masked_fill, *ALIASES, *CASTS):
-        if is_op(node, aten.masked_fill) and space.out_of_range(node.args[1]) is None:
-            break
+    while is_op(node, *ALIASES) or (is_op(node, aten.masked_fill) and space.out_of_range(node.args[1]) is not None):
         node = node.args[0]
     return node
 
 
-def _read_rows(
-    matmul: ExpertMatmul, space: PairSpace
-) -> tuple[fx.Node, Order, tuple[fx.Node, torch.dtype | None] | None]:
-    """``(x, row order, routing weights on the input)`` of a gate or up matmul."""
-    node, weights = _skip_masks(matmul.rows, space), None
+def _read_rows(matmul: ExpertMatmul, space: PairSpace) -> tuple[Rows, tuple[fx.Node, torch.dtype | None] | None]:
+    """``(rows, routing weights on the input)`` of a gate or up matmul."""
+    node, weights = _skip_fills(matmul.rows, space), None
     if is_op(node, aten.mul):
         for rows, factor in (node.args, reversed(node.args)):
             weights = _read_weights(factor, space)
             if weights is not None:
-                node = _skip_masks(rows, space)
+                node = _skip_fills(rows, space)
                 break
+    top_k = shape(matmul.ids)[1]
     if rank(matmul.out) == 3 or matmul.form == "einsum":
         x = peel(node, aten.expand, *UNIT_DIMS, *ALIASES)
         require(rank(x) == 2, "gathered experts multiply rows that are not [T, H]", matmul.node)
-        return x, TOKEN_MAJOR, None
-    rows = space.rows(node)
-    if rows is None:
+        return Rows(x, TOKEN_MAJOR, top_k), None
+    found = space.rows(node)
+    if found is None:
         raise Miss("the expert matmul's rows are not tokens repeated per selected expert", node)
-    require(same(rows.top_k, shape(matmul.ids)[1]), "tokens are repeated other than k times", node)
+    require(same(found.top_k, top_k), "tokens are repeated other than k times", node)
     if matmul.form == "grouped_mm":
-        require(rows.order.perm is not None, "the grouped matmul's rows are not sorted by expert", node)
+        require(found.order.perm is not None, "the grouped matmul's rows are not sorted by expert", node)
     if weights is None:
-        return rows.x, rows.order, None
+        return found, None
     root, cast, order = weights
-    require(order in (None, rows.order), "weights and rows are in different orders", node)
-    return rows.x, rows.order, (root, cast)
+    require(order in (None, found.order), "weights and rows are in different orders", node)
+    return found, (root, cast)
 
 
 def _read_weights(node: Any, space: PairSpace) -> tuple[fx.Node, torch.dtype | None, Order | None] | None:
@@ -348,13 +353,16 @@ def _rewrite(ctx: MatchContext, site: _Experts) -> None:
     if site.weights_cast is not None and site.weights_cast != dtype(weights):
         weights = ctx.emit(aten._to_copy.default, (weights,), {"dtype": site.weights_cast}, like=anchor)
     ids = narrow_ids(ctx, site.ids, anchor)
-    args = [site.x, weights, ids, gate.weight, site.down.weight, gate.bias, site.down.bias]
+    x = site.rows.x
+    if site.rows.cast not in (None, dtype(x)):
+        x = ctx.emit(aten._to_copy.default, (x,), {"dtype": site.rows.cast}, like=anchor)
+    args = [x, weights, ids, gate.weight, site.down.weight, gate.bias, site.down.bias]
     if up is not None:
         args += [up.weight, up.bias]
     while args[-1] is None:
         args.pop()
     attributes = site.activation.attributes() | {"transposed": gate.transposed, "weight_on": site.weight_on}
-    if dtype(site.result) != dtype(site.x):
+    if dtype(site.result) != dtype(x):
         attributes["out_dtype"] = dtype(site.result)
     node = ctx.emit_op("experts", args, attributes, like=anchor)
     ctx.replace(site.result, node)

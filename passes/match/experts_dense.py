@@ -118,8 +118,8 @@ def _read_product(node: fx.Node) -> _Product | None:
 def _stored(weight: Any) -> tuple[fx.Node | None, bool]:
     """A right operand [E, in, out] as ``(stored 3-D graph input, stored as [E, in, out])``."""
     transposed = True
-    while is_op(weight, aten.transpose, aten.permute, aten.mT, *ALIASES, *CASTS):
-        if not is_op(weight, *ALIASES, *CASTS):
+    while is_op(weight, aten.transpose, aten.permute, aten.mT, *ALIASES):
+        if not is_op(weight, *ALIASES):
             last_two = is_op(weight, aten.mT) or {d % 3 for d in weight.args[1:3] if isinstance(d, int)} == {1, 2}
             if not last_two:
                 return None, False
@@ -214,7 +214,7 @@ def _read_rows(product: _Product) -> tuple[fx.Node, Routing | None]:
     node: Any = product.rows
     routing = None
     spread = (aten.expand, aten.repeat, *UNIT_DIMS, *RESHAPES, *ALIASES)
-    node = peel(node, *CASTS, *RESHAPES, *ALIASES)
+    node = peel(node, *RESHAPES, *ALIASES)
     if is_op(node, aten.mul):
         for rows, factor in (node.args, reversed(node.args)):
             routing = _read_table(factor)

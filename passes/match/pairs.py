@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,11 +77,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of ``x`` [T, ...] repeated per pair, in ``order``."""
+    """The rows of ``x`` [T, ...] repeated per pair, in ``order``; ``cast`` is a dtype applied on the way."""
 
     x: fx.Node
     order: Order
     top_k: Any
+    cast: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,8 @@ class PairSpace:
         if is_op(node, *ALIASES):
             return self.rows(node.args[0])
         if is_op(node, *CASTS):
-            return None
+            inner = self.rows(node.args[0])
+            return None if inner is None else replace(inner, cast=dtype(node))
         if is_op(node, aten.masked_fill) and self.out_of_range(node.args[1]) is not None:
             return self.rows(node.args[0])
         repeated = self._repeated(node)
@@ -255,13 +257,13 @@ class PairSpace:
         if is_op(node, aten.index, aten.index_select, aten.gather):
             base, index = _single_index(node)
             if is_op(index, aten.expand):
-                index = peel(index, aten.expand, *UNIT_DIMS)
+                index = peel(index, aten.expand, *UNIT_DIMS, *RESHAPES)
             tokens = self.tokens(index)
             if tokens is not None and isinstance(base, fx.Node):
                 return Rows(base, tokens.order, tokens.top_k)
             rows, permutation = self.rows(base), self.permutation(index)
             if rows is not None and permutation is not None and not permutation.inverse:
-                return Rows(rows.x, permutation.order, rows.top_k) if rows.order == TOKEN_MAJOR else None
+                return replace(rows, order=permutation.order) if rows.order == TOKEN_MAJOR else None
         return None
 
     def _repeated(self, node: fx.Node) -> tuple[fx.Node, Any] | None:

@@ -1,0 +1,199 @@
+"""One block from first execution to installation: trace, recognise, pack, verify, install."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from moe_fx.lowering.ops import CANONICAL_OPS
+from moe_fx.passes.core import Miss, require
+from moe_fx.prepare.install import ATTRIBUTE, Preparation, install
+from moe_fx.prepare.program import Operands, Program, experts_attributes, write_program
+from moe_fx.prepare.recognise import ExpertForm, Roles, read_router, read_trace
+from moe_fx.prepare.report import PREPARED, BlockReport
+from moe_fx.prepare.trace import Trace, record
+from moe_fx.prepare.verify import compare, tolerance_of
+from moe_fx.prepare.weights import ExpertStore
+
+# Leading sizes of the inputs that a block is executed on, per rank: primes, so that no product has two readings.
+_TRACED = {3: ((2, 7), (3, 5), (5, 11)), 2: ((13,), (17,), (29,))}
+
+
+class Unfit(Exception):
+    """The module cannot be executed on hidden states alone."""
+
+
+class NeedsNothing(Exception):
+    """Dynamo captures the module as it is."""
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """What was read of executions on inputs of one rank."""
+
+    traces: list[Trace]
+    roles: list[Roles]
+    program: Program
+
+
+def prepare_block(path: str, block: nn.Module, store_path: str) -> BlockReport:
+    """Prepare one block.
+
+    Args:
+        path: of the block in its model, for the report.
+        block: the module whose forward maps hidden states to hidden states.
+        store_path: of the module that holds the experts, relative to the block.
+
+    Raises:
+        Miss: the first predicate that failed; the block is untouched.
+        NeedsNothing: there is no loop over experts.
+        Unfit: it takes more than hidden states; the module around it may be the block.
+    """
+    store = ExpertStore(block, store_path)
+    _require_plain(block, store)
+    readings: dict[int, _Reading] = {}
+    form, failure = None, None
+    for rank, traces in _executions(block, store):
+        try:
+            read = [read_trace(trace, store) for trace in traces]
+            form = form or read[0][0]
+            require(all(f == form for f, _ in read), "its experts compute something else for another number of tokens")
+            roles = [r for _, r in read]
+            program = write_program(traces, roles, form, Operands.of(form, ATTRIBUTE), type(block).__name__)
+            readings[rank] = _Reading(traces, roles, program)
+        except Miss as miss:
+            failure = failure or miss
+            if not store.modules and not any(trace.data_dependent for trace in traces):
+                raise NeedsNothing("it has no loop over experts that depends on values") from miss
+    if form is None or not readings:
+        assert failure is not None
+        raise failure
+    programs = {rank: reading.program for rank, reading in readings.items()}
+    preparation = Preparation(block, form, programs, lambda again: _renew(path, again, store_path))
+    hit, error = _verify(block, store, form, preparation, readings)
+    install(block, preparation)
+    roles = next(iter(readings.values())).roles
+    router, router_reason = read_router(roles[0])
+    return BlockReport(
+        module=path,
+        kind=type(block).__name__,
+        status=PREPARED,
+        form="stacked parameters" if form.gate.stacked else "module list",
+        n_experts=store.n_experts,
+        top_k=roles[0].top_k,
+        act=str(form.attributes["act"]),
+        router=router,
+        router_reason=router_reason,
+        experts=experts_attributes(form, roles[0]),
+        bytes_stacked=preparation.nbytes,
+        experts_checked=len(hit),
+        error=error,
+    )
+
+
+def _renew(path: str, block: nn.Module, store_path: str) -> str:
+    """Prepare a block again whose weights moved; why that failed, or nothing."""
+    try:
+        prepare_block(path, block, store_path)
+    except (Miss, NeedsNothing, Unfit) as failure:
+        return str(failure)
+    return ""
+
+
+def _require_plain(block: nn.Module, store: ExpertStore) -> None:
+    """What can be told without executing the block."""
+    tensors = [*block.parameters(), *block.buffers()]
+    on_meta = any(t.device.type == "meta" for t in tensors)
+    require(not on_meta, "its weights are on the meta device; load them before moe_fx.prepare")
+    require("forward" not in vars(block), "its forward was replaced on the instance (by offloading hooks, say)")
+    store.require_alike()
+
+
+def _executions(block: nn.Module, store: ExpertStore) -> Iterator[tuple[int, list[Trace]]]:
+    """``(rank, traces)`` for every rank of input that the block takes."""
+    failure: Exception | None = None
+    missed: Miss | None = None
+    found = False
+    for rank, sizes in _TRACED.items():
+        for hidden in store.hidden_sizes():
+            try:
+                traces = [record(block, _random(store, (*leading, hidden))) for leading in sizes]
+            except Miss as miss:
+                missed = missed or miss
+                continue
+            except Exception as error:
+                failure = failure or error
+                continue
+            found = True
+            yield rank, traces
+            break
+    if found:
+        return
+    if missed is not None:
+        raise missed
+    message = str(failure).strip().splitlines()
+    raise Unfit(f"it cannot be executed on hidden states alone ({type(failure).__name__}: {message[0] if message else ''})")
+
+
+def _random(store: ExpertStore, size: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(size, generator=generator).to(store.example.device, store.example.dtype)
+
+
+def _verify(
+    block: nn.Module, store: ExpertStore, form: ExpertForm, preparation: Preparation, readings: dict[int, _Reading]
+) -> tuple[frozenset[int], float]:
+    """Compare values; ``(experts that ran, largest relative L2 error)``."""
+    tolerance_of(store.example.dtype)
+    hit: frozenset[int] = frozenset()
+    error = 0.0
+    setattr(block, ATTRIBUTE, preparation)
+    try:
+        with torch.inference_mode():
+            for rank, reading in readings.items():
+                for roles in reading.roles:
+                    error = max(error, _verify_experts(block, form, roles, preparation))
+                    hit |= roles.experts_hit
+                hidden = reading.traces[0].input.meta["val"].shape[-1]
+                for seed, n_tokens in enumerate((1, 3, _enough_tokens(store, reading.roles[0]))):
+                    leading = (1, n_tokens) if rank == 3 else (n_tokens,)
+                    x = _random(store, (*leading, hidden), seed + 1)
+                    got = reading.program.run(block, x.clone())
+                    error = max(error, compare(got, block.forward(x), f"on {n_tokens} tokens it does not verify"))
+    finally:
+        delattr(block, ATTRIBUTE)
+    return hit, error
+
+
+def _verify_experts(block: nn.Module, form: ExpertForm, roles: Roles, preparation: Preparation) -> float:
+    """The experts alone, where no shared expert hides their error."""
+    operands = Operands.of(form, ATTRIBUTE)
+    names = (operands.w13, operands.w2, operands.b13, operands.b2, operands.w3, operands.b3)
+    weights = [None if name is None else _attribute(block, name) for name in names]
+    x, routing, ids, wanted = (n.meta["val"] for n in (roles.x, roles.weights, roles.ids, roles.result))
+    routed = CANONICAL_OPS["experts"].reference(
+        x.reshape(-1, x.shape[-1]),
+        routing.reshape(-1, roles.top_k),
+        ids.reshape(-1, roles.top_k),
+        *weights,
+        **experts_attributes(form, roles),
+    ).reshape(wanted.shape)
+    got = routed if roles.base is None else roles.base.meta["val"] + routed
+    return compare(got, wanted, "its experts do not verify")
+
+
+def _attribute(block: nn.Module, path: str) -> torch.Tensor:
+    found = block
+    for name in path.split("."):
+        found = getattr(found, name)
+    return found  # type: ignore[return-value]
+
+
+def _enough_tokens(store: ExpertStore, roles: Roles) -> int:
+    """So many that random routing hits most experts."""
+    return max(32, min(4 * store.n_experts // roles.top_k, 512))
+
+
