@@ -46,7 +46,9 @@ def main() -> int:
         _profile(graph)
     lower_seconds = _lower(best)
     if arguments.json:
-        print(json.dumps({"nodes": best.nodes_before, "capture": capture_seconds, "passes": best.pass_seconds}, indent=2))
+        print(
+            json.dumps({"nodes": best.nodes_before, "capture": capture_seconds, "passes": best.pass_seconds}, indent=2)
+        )
     else:
         Console().print(_table(best, capture_seconds, lower_seconds))
     return 0
@@ -112,7 +114,9 @@ def _table(report: GraphReport, capture_seconds: float, lower_seconds: float) ->
         ended = [site.matched for site in report.sites if site.pass_name == name]
         table.add_row(name, f"{seconds:.3f}", str(sum(ended)), str(len(ended) - sum(ended)))
     table.add_section()
-    table.add_row("total", f"{sum(report.pass_seconds.values()):.3f}", str(len(report.matched)), str(len(report.missed)))
+    table.add_row(
+        "total", f"{sum(report.pass_seconds.values()):.3f}", str(len(report.matched)), str(len(report.missed))
+    )
     return table
 
 

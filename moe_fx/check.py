@@ -66,7 +66,7 @@ class Failure:
         folder.mkdir(parents=True, exist_ok=True)
         name = self.op.split(".")[-1]
         data = folder / f"{name}.pt"
-        torch.save({"args": self._args, "kwargs": self._kwargs, "expected": self._expected}, data)
+        torch.save({"args": _plain(self._args), "kwargs": _plain(self._kwargs), "expected": self._expected}, data)
         script = folder / f"{name}.py"
         script.write_text(
             f'"""{self.op} at {self.module}: {self.what}\n\nModel source: {self.source}\n"""\n'
@@ -165,6 +165,15 @@ def _compare(got: torch.Tensor, want: torch.Tensor, tolerance: Tolerance | None)
             f"has relative L2 error {float(error / norm):.3g} (bound {tolerance.rel_l2:g}), largest {float(worst):.3g}"
         )
     return ""
+
+
+def _plain(tree: Any) -> Any:
+    """fx's immutable containers as plain ones, which ``torch.load`` reads without trusting the file."""
+    if isinstance(tree, dict):
+        return {key: _plain(item) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [_plain(item) for item in tree]
+    return tree
 
 
 def _run_unfused(unfused: fx.GraphModule, args: list[Any]) -> dict[str, Any]:

@@ -32,8 +32,10 @@ from moe_fx.timing import interleaved_medians
 
 __all__ = ["DemoReport", "main", "render", "run"]
 
-# Relative L2 error of bf16 logits against eager: the bound on `experts` itself, as errors of layers hardly add up.
+# Relative L2 error of bf16 logits against eager: the bound on `experts` itself, or twice what Inductor alone shows. It
+# keeps fp32 where eager rounds to bf16, which now and then tips a tie in a router.
 LOGITS_BOUND = 2e-2
+LOGITS_BOUND_OVER_INDUCTOR = 2.0
 _PER_LAYER = ("router", "experts", "qk_norm_rope")
 
 
@@ -159,7 +161,8 @@ class _Steps:
 
 
 def _logits(call: Callable[..., Any], ids: torch.Tensor) -> torch.Tensor:
-    return call(input_ids=ids, use_cache=False).logits[0].float()  # type: ignore[no-any-return]
+    logits: torch.Tensor = call(input_ids=ids, use_cache=False).logits
+    return logits[0].float()
 
 
 def _bound(call: Callable[..., Any], ids: torch.Tensor) -> Callable[[], object]:
@@ -188,9 +191,7 @@ def _check(model: torch.nn.Module, prompt: torch.Tensor) -> tuple[bool, str]:
     The live check gives each fused op the very inputs that the unfused one had: end to end, a rounding before a router
     may rightly tip a tie.
     """
-    checking = torch.compile(
-        model, backend=moe_ascend, dynamic=False, options={"check": True, "downstream": "eager"}
-    )
+    checking = torch.compile(model, backend=moe_ascend, dynamic=False, options={"check": True, "downstream": "eager"})
     try:
         checking(input_ids=prompt, use_cache=False)
     except CheckError as error:
@@ -207,8 +208,9 @@ def _problems(report: DemoReport) -> list[str]:
             problems.append(f"{counts.get(kind, 0)} of {report.shape.layers} layers had their {kind} matched")
     problems += [f"{site.kind} at {site.module} was missed: {site.reason}" for site in report.explanation.missed]
     error = report.accuracy["moe_ascend"].rel_l2
-    if not error <= LOGITS_BOUND:
-        problems.append(f"the logits' relative L2 error against eager is {error:.2g}, above {LOGITS_BOUND:g}")
+    bound = max(LOGITS_BOUND, LOGITS_BOUND_OVER_INDUCTOR * report.accuracy["inductor"].rel_l2)
+    if not error <= bound:
+        problems.append(f"the logits' relative L2 error against eager is {error:.2g}, above {bound:.2g}")
     return problems
 
 

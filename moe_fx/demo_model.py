@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
 import torch
 
 from moe_fx.errors import MissingToolchainError
@@ -61,10 +59,10 @@ def build_model(shape: ModelShape, experts_implementation: str = "grouped_mm") -
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    model: Any = transformers.AutoModelForCausalLM.from_config(
+    model: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(
         config, dtype=torch.bfloat16, attn_implementation="sdpa", experts_implementation=experts_implementation
     )
-    return model.eval()  # type: ignore[no-any-return]
+    return model.eval()
 
 
 def random_tokens(shape: ModelShape, count: int) -> torch.Tensor:

@@ -18,8 +18,8 @@ def interleaved_medians(
 ) -> dict[str, float]:
     """Median seconds per call of each candidate.
 
-    Each round calls every candidate once, so drifts of clock and load fall on all of them. Rounds go on until the budget
-    is spent, within the given numbers of rounds; one round before the first is not counted.
+    Each round calls every candidate once, so drifts of clock and load fall on all of them. Rounds go on until the
+    budget is spent, within the given numbers of rounds; one round before the first is not counted.
     """
     for call in candidates.values():
         call()

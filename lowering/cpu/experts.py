@@ -105,7 +105,7 @@ def _run_pairs(
     attributes: dict[str, Any],
 ) -> torch.Tensor:
     """One output row per pair, weighted, in the dtype in which pairs are summed."""
-    w13, w2, b13, b2, w3, b3 = (*projections, *(None,) * (6 - len(projections)))
+    w13, w2, b13, b2, w3, b3 = [*projections, None, None, None, None][:6]
     on_input = attributes.get("weight_on", "output") == "input"
     combine_dtype = torch.promote_types(rows.dtype, weight.dtype)
     if on_input:

@@ -134,8 +134,8 @@ def _executions(block: nn.Module, store: ExpertStore) -> Iterator[tuple[int, lis
         return
     if missed is not None:
         raise missed
-    message = str(failure).strip().splitlines()
-    raise Unfit(f"it cannot be executed on hidden states alone ({type(failure).__name__}: {message[0] if message else ''})")
+    cause = (str(failure).strip().splitlines() or [""])[0]
+    raise Unfit(f"it cannot be executed on hidden states alone ({type(failure).__name__}: {cause})")
 
 
 def _random(store: ExpertStore, size: tuple[int, ...], seed: int = 0) -> torch.Tensor:

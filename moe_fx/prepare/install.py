@@ -140,8 +140,8 @@ def refresh(block: nn.Module) -> None:
     failure = preparation.renew(block)
     if failure:
         warnings.warn(
-            f"moe_fx.prepare: a {type(block).__name__} was moved or reloaded and is no longer prepared ({failure}); call"
-            " moe_fx.prepare(model) again once its weights are in place.",
+            f"moe_fx.prepare: a {type(block).__name__} was moved or reloaded and is no longer prepared ({failure});"
+            " call moe_fx.prepare(model) again once its weights are in place.",
             MoeFxWarning,
             stacklevel=2,
         )

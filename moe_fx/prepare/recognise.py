@@ -15,13 +15,15 @@ import torch
 from torch import fx, nn
 
 from moe_fx.passes.core import MatchContext, Miss, require
-from moe_fx.passes.graph import ALIASES, CASTS, UNIT_DIMS, arg, aten, bind, dtype, is_op, peel, rank, shape, sources
+from moe_fx.passes.graph import ALIASES, CASTS, UNIT_DIMS, arg, aten, bind, dtype, is_op, peel, shape, sources
 from moe_fx.passes.match.activation import read_activation
 from moe_fx.passes.match.router import RouterPass
+from moe_fx.passes.normalize.noops import DropNoopsPass
 from moe_fx.prepare.trace import Trace
 from moe_fx.prepare.weights import ExpertStore, Slot
 
 _FILLS = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros, aten.new_empty)
+_PICKS = (aten.index, aten.index_select, aten.gather, aten.masked_select)
 _ACCUMULATIONS = (aten.index_add, aten.index_put, aten.scatter_add, aten.add)
 
 
@@ -118,10 +120,10 @@ def read_router(roles: Roles) -> tuple[Mapping[str, Any], str]:
         copy.meta = dict(node.meta)
     graph.output((copied[roles.weights], copied[roles.ids]))
     ctx = MatchContext(fx.GraphModule(nn.Module(), graph))
-    router = RouterPass()
-    ctx.current = router
     with torch.inference_mode():
-        router.run(ctx)
+        for item in (DropNoopsPass(), RouterPass()):
+            ctx.current = item
+            item.run(ctx)
     sites = [site for site in ctx.sites if site.kind == "router"]
     matched = [site for site in sites if site.matched]
     if matched:
@@ -171,7 +173,7 @@ def _calls(matmuls: Mapping[fx.Node, _Matmul]) -> Iterator[tuple[_Matmul, list[_
     """``(down, [gate] or [gate and up in graph order])`` of every time an expert ran."""
     fed: set[fx.Node] = set()
     downs = []
-    for node, matmul in matmuls.items():
+    for matmul in matmuls.values():
         rows = matmul.rows
         reached = [rows] if rows in matmuls else sources(rows, lambda n: n in matmuls, limit=64)
         ups = sorted({n for n in reached if n in matmuls})
@@ -222,48 +224,81 @@ def _read_form(down: _Matmul, ups: Sequence[_Matmul]) -> ExpertForm:
 
 
 def _read_roles(trace: Trace, matmuls: Sequence[fx.Node], calls: Sequence[tuple[_Matmul, list[_Matmul]]]) -> Roles:
-    tainted = _descendants(matmuls)
-    live = _descendants([trace.input])
-    result = _first_cut(trace, tainted, last_matmul=max(matmuls))
-    behind = _ancestors([result])
+    tainted, live = _descendants(matmuls), _descendants([trace.input])
     gate_rows = [ups[0].rows for _, ups in calls]
     x = _read_tokens(gate_rows, tainted, live, trace)
-    ids, top_k = _read_ids(behind, tainted, x)
-    n_selected = shape(ids).numel()
-    candidates = [
-        n
-        for n in sorted(behind - tainted)
-        if n in live and _is_float(n) and shape(n).numel() == n_selected and shape(n)[-1:] == (top_k,) and n is not x
-    ]
-    # What tokens are made of is no routing weight, whatever its shape.
-    candidates = [n for n in candidates if n not in _ancestors([x])]
-    require(bool(candidates), "no routing weights of the top-k's shape reach the experts' results", result)
-    weights = candidates[-1]
-    base = _read_base(result, tainted, live)
-    _require_closed(result, {x, weights, ids} | ({base} if base is not None else set()), live)
-    require(shape(result).numel() == shape(x).numel(), "the experts' result is not of the tokens' size", result)
-    weight_on = "input" if any(weights in _ancestors([rows]) for rows in gate_rows if rows is not x) else "output"
     hit = frozenset(down.expert for down, _ in calls)
-    return Roles(x, weights, ids, result, base, top_k, weight_on, hit)
+    failure: Miss | None = None
+    for result in _cuts(trace, tainted, last_matmul=max(matmuls)):
+        if shape(result).numel() != shape(x).numel():
+            continue
+        base = _read_base(result, tainted, live)
+        for ids, weights, top_k in _selections(result, x, tainted, live):
+            frontier = {x, weights, ids} if base is None else {x, weights, ids, base}
+            other = _other_source(result, frontier, live)
+            if other is None:
+                on_input = any(weights in _made_of(rows, stop=x) for rows in gate_rows)
+                weight_on = "input" if on_input else "output"
+                return Roles(x, weights, ids, result, base, top_k, weight_on, hit)
+        reason = "the experts' results depend on more than tokens, routing weights and expert ids"
+        failure = failure or Miss(reason, result)
+    topks = [n for n in trace.graph.nodes if is_op(n, aten.topk) and n not in tainted]
+    require(bool(topks), "no top-k selects the experts")
+    raise failure or Miss("the experts' results do not come together in one tensor of the tokens' size")
 
 
-def _first_cut(trace: Trace, tainted: set[fx.Node], last_matmul: fx.Node) -> fx.Node:
-    """The first node after all expert products through which everything made of them passes."""
+def _cuts(trace: Trace, tainted: set[fx.Node], last_matmul: fx.Node) -> Iterator[fx.Node]:
+    """The nodes after all expert products through which everything made of them passes, in order."""
     outputs: list[fx.Node] = []
     fx.map_arg(as_argument(trace.output), outputs.append)
     order = list(trace.graph.nodes)
     position = {node: i for i, node in enumerate(order)}
-    end = len(order)
     last_use = {node: max((position[u] for u in node.users), default=-1) for node in order}
-    last_use.update({node: end for node in outputs})
-    open_nodes: set[fx.Node] = set()
+    last_use.update(dict.fromkeys(outputs, len(order)))
+    still_used: set[fx.Node] = set()
     for i, node in enumerate(order):
-        open_nodes = {n for n in open_nodes if last_use[n] > i}
+        still_used = {n for n in still_used if last_use[n] > i}
         if node in tainted and last_use[node] > i:
-            open_nodes.add(node)
-            if node >= last_matmul and node is not last_matmul and open_nodes == {node} and _is_float(node):
-                return node
-    raise Miss("the experts' results do not come together in one tensor")
+            still_used.add(node)
+            if position[last_matmul] < i and still_used == {node} and _is_float(node):
+                yield node
+
+
+def _selections(
+    result: fx.Node, x: fx.Node, tainted: set[fx.Node], live: set[fx.Node]
+) -> Iterator[tuple[fx.Node, fx.Node, int]]:
+    """``(ids, weights, k)`` by shape and descent among what ``result`` is made of, the latest first."""
+    behind = sorted((_ancestors([result]) - tainted) & live, reverse=True)
+    before_x = _ancestors([x])
+    n_tokens = shape(x).numel() // shape(x)[-1]
+    for topk in (n for n in behind if is_op(n, aten.topk)):
+        top_k = bind(topk)["k"]
+        selected = _descendants([topk])
+        grids = [n for n in behind if _is_grid(n, n_tokens, top_k) and n not in before_x]
+        for ids in (n for n in grids if n in selected and dtype(n) in (torch.int64, torch.int32)):
+            for weights in (n for n in grids if _is_float(n)):
+                yield ids, weights, top_k
+
+
+def _is_grid(node: fx.Node, n_tokens: int, top_k: int) -> bool:
+    """Whether the node has an element per token and slot."""
+    held = node.meta.get("val")
+    is_tensor = isinstance(held, torch.Tensor) and held.dim() >= 1
+    return is_tensor and held.shape[-1] == top_k and held.numel() == n_tokens * top_k
+
+
+def _made_of(rows: fx.Node, stop: fx.Node | None) -> set[fx.Node]:
+    """The nodes whose values flow into ``rows``, not beyond ``stop``; what only picks rows out does not count."""
+    seen, queue = {rows}, [rows]
+    while queue:
+        node = queue.pop()
+        if node is stop:
+            continue
+        parents = node.args[:1] if is_op(node, *_PICKS) else node.all_input_nodes
+        fresh = [p for p in parents if isinstance(p, fx.Node) and p not in seen]
+        seen.update(fresh)
+        queue += fresh
+    return seen
 
 
 def _read_tokens(gate_rows: Sequence[fx.Node], tainted: set[fx.Node], live: set[fx.Node], trace: Trace) -> fx.Node:
@@ -272,30 +307,12 @@ def _read_tokens(gate_rows: Sequence[fx.Node], tainted: set[fx.Node], live: set[
     for rows in gate_rows:
         own = {
             n
-            for n in _ancestors([rows]) - tainted
+            for n in _made_of(rows, stop=None) - tainted
             if n in live and _is_float(n) and shape(n)[-1:] == (hidden,) and shape(n).numel() == n_elements
         }
         common = own if common is None else common & own
     require(bool(common), "the experts' rows are not taken from the block's tokens", gate_rows[0])
     return max(common)  # type: ignore[type-var]
-
-
-def _read_ids(behind: set[fx.Node], tainted: set[fx.Node], x: fx.Node) -> tuple[fx.Node, int]:
-    topks = [n for n in sorted(behind - tainted) if is_op(n, aten.topk)]
-    require(bool(topks), "no top-k selects the experts")
-    top_k = bind(topks[-1])["k"]
-    selected = _descendants([topks[-1]])
-    n_selected = shape(x).numel() // shape(x)[-1] * top_k
-    candidates = [
-        n
-        for n in sorted(behind & selected)
-        if rank(n) >= 1
-        and dtype(n) in (torch.int64, torch.int32)
-        and shape(n).numel() == n_selected
-        and shape(n)[-1] == top_k
-    ]
-    require(bool(candidates), "the top-k's indices do not steer the experts", topks[-1])
-    return candidates[-1], top_k
 
 
 def _read_base(result: fx.Node, tainted: set[fx.Node], live: set[fx.Node]) -> fx.Node | None:
@@ -308,21 +325,22 @@ def _read_base(result: fx.Node, tainted: set[fx.Node], live: set[fx.Node]) -> fx
             return None
         node = accumulator
     is_base = node not in tainted and node in live and shape(node) == shape(result) and dtype(node) == dtype(result)
-    return node if is_base and not is_op(node, *_FILLS) else None
+    return node if is_base and not is_op(peel(node, *ALIASES, *CASTS), *_FILLS) else None
 
 
-def _require_closed(result: fx.Node, frontier: set[fx.Node], live: set[fx.Node]) -> None:
-    """Behind ``result`` there may be the frontier, weights and constants, but no other function of the input."""
+def _other_source(result: fx.Node, frontier: set[fx.Node], live: set[fx.Node]) -> fx.Node | None:
+    """How the input reaches ``result`` other than through the frontier, if it does."""
     seen: set[fx.Node] = set()
     queue = [result]
     while queue:
         node = queue.pop()
         if node in seen or node in frontier or node not in live or is_op(node, *_FILLS):
             continue
-        seen.add(node)
         if node.op == "placeholder":
-            raise Miss("the experts' results depend on more than tokens, routing weights and expert ids", node)
+            return node
+        seen.add(node)
         queue += node.all_input_nodes
+    return None
 
 
 def _ancestors(nodes: Sequence[fx.Node]) -> set[fx.Node]:

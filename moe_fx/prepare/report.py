@@ -50,11 +50,12 @@ class BlockReport:
         name = f"{self.module or '(the model)'} ({self.kind})"
         if self.status != PREPARED:
             return f"{name}: {self.status}: {self.reason}"
-        router = ", ".join(f"{key}={_plain(given)}" for key, given in self.router.items() if key != "top_k")
+        router = ", ".join(f"{key}={_plain(given)}" for key, given in self.router.items()) or "plain"
+        if self.router_reason:
+            router = f"kept as written ({self.router_reason})"
         return (
             f"{name}: E={self.n_experts} k={self.top_k} {self.act}, {self.form}, {_mib(self.bytes_stacked)} stacked,"
-            f" error {self.error:.1e} on {self.experts_checked} experts"
-            f"; router {router or f'kept as written ({self.router_reason})' if self.router_reason else router or 'plain'}"
+            f" error {self.error:.1e} on {self.experts_checked} experts; router: {router}"
         )
 
 

@@ -122,6 +122,8 @@ def _read_choice(selected_on: fx.Node) -> _Router:
 def _read_score(node: fx.Node) -> tuple[fx.Node, str, torch.dtype]:
     """(logits before any widening cast, score function, dtype it is computed in)."""
     scores = peel(node, *VIEWS)
+    if is_op(scores, *CASTS) and _is_score(peel(scores, *VIEWS, *CASTS)):
+        raise Miss(f"scores are cast to {dtype(scores)} before the top-k", scores)
     if is_op(scores, aten.softmax, aten._softmax):
         bound = bind(scores)
         require(is_last_dim(bound["dim"], bound["self"]), "softmax is not over the expert dimension", scores)
@@ -146,6 +148,10 @@ def _read_score(node: fx.Node) -> tuple[fx.Node, str, torch.dtype]:
         logits = logits.args[0]
     require(same_shape(shape(logits), shape(node)), "scores are reshaped before the top-k", node)
     return logits, score, score_dtype
+
+
+def _is_score(node: Any) -> bool:
+    return is_op(node, aten.softmax, aten._softmax, aten.sqrt, *_ELEMENTWISE_SCORES)
 
 
 def _require_plain_softplus(node: fx.Node) -> None:

@@ -7,16 +7,20 @@ Unfused::
 Fused::
 
     y = x
+
+Some of these ops copy: their result has memory of its own, laid out afresh. Where a caller could tell (the result, or a
+view of it, leaves the graph) or a later view could (the strides differ), the op stays.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import torch
 from torch import fx
 
-from moe_fx.passes.core import Level, MatchContext, Pass, Stage
+from moe_fx.passes.core import MatchContext, Level, Pass, Stage
 from moe_fx.passes.graph import (
     RESHAPES,
     arg,
@@ -28,6 +32,7 @@ from moe_fx.passes.graph import (
     normalize_dim,
     number,
     rank,
+    reaches,
     same,
     same_shape,
     shape,
@@ -47,9 +52,7 @@ class DropNoopsPass(Pass):
             if node.op != "call_function" or not isinstance(value(node), torch.Tensor):
                 continue
             source = _noop_source(node)
-            # A graph output that is a graph input's alias keeps its own identity for the caller.
-            returned = any(user.op == "output" for user in node.users)
-            if source is not None and not (returned and source.op == "placeholder"):
+            if source is not None and not _is_visible(node, source):
                 node.replace_all_uses_with(source)
         ctx.finish_pass()
 
@@ -59,6 +62,36 @@ def _noop_source(node: fx.Node) -> fx.Node | None:
         if is_op(node, *packets):
             return read(node)
     return None
+
+
+def _is_visible(node: fx.Node, source: fx.Node) -> bool:
+    """Whether something could tell ``source`` from ``node``, although their values are equal."""
+    if _is_alias(node):
+        # A graph output that is a graph input's alias keeps its own identity for the caller.
+        return source.op == "placeholder" and any(user.op == "output" for user in node.users)
+    if not _same_strides(value(node), value(source)):
+        return True
+    # A copy whose memory the caller gets: sharing it with source would show once either is written to.
+    return reaches(node, lambda user: user.op == "output", _is_alias, limit=100)
+
+
+def _is_alias(node: fx.Node) -> bool:
+    """Whether the node's result shares memory with its first argument."""
+    if node.target is operator.getitem:
+        return _is_alias(node.args[0])
+    if is_op(node, aten.dropout):
+        return True  # An inert one, that is; its schema does not say so.
+    if is_op(node, aten.to, aten.type_as) and not _same_placement(node, node.args[0]):
+        return False
+    if not isinstance(node.target, torch._ops.OpOverload) or bind(node).get("copy"):
+        return False
+    return any(result.alias_info is not None for result in node.target._schema.returns)
+
+
+def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape are known to be laid out alike; dimensions of size 1 have no stride to speak of."""
+    strides = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(same(size, 1) or same(one, other) for size, one, other in strides)
 
 
 def _alias(node: fx.Node) -> fx.Node | None:
@@ -83,8 +116,11 @@ def _full_slice(node: fx.Node) -> fx.Node | None:
 
 def _same_dtype_cast(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
-    moved = any(node.kwargs.get(k) is not None for k in ("layout", "device", "memory_format"))
-    return source if dtype(node) == dtype(source) and not moved else None
+    return source if dtype(node) == dtype(source) and _same_placement(node, source) else None
+
+
+def _same_placement(a: fx.Node, b: fx.Node) -> bool:
+    return (value(a).dtype, value(a).device, value(a).layout) == (value(b).dtype, value(b).device, value(b).layout)
 
 
 def _squeezed_unsqueeze(node: fx.Node) -> fx.Node | None:
