@@ -3,6 +3,7 @@
 #   make demo     show what moe-fx does to a model
 #   make test     run the tests; pass arguments to pytest with ARGS, as in: make test ARGS="-k route -x"
 #   make lint     check style and types of Python and C++
+#   make docs     regenerate the generated pages of docs/
 #   make format   bring Python and C++ into that style
 #   make wheel    build a wheel into dist/
 #   make clean    remove everything that make made, the environment included
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml $(shell find CMakeLists.txt csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint format wheel clean
+.PHONY: demo test lint format docs wheel clean
 
 demo: $(VENV)/models.installed
 	$(BIN)/python -m moe_fx.demo $(ARGS)
@@ -40,6 +41,9 @@ format: $(VENV)/lint.installed
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+docs: $(VENV)/test.installed
+	$(BIN)/python docs/generate.py
 
 wheel: | $(BIN)/python
 	$(PIP) wheel --no-deps --wheel-dir dist .

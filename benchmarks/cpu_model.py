@@ -6,6 +6,9 @@
 The claim under test: moe_ascend is never slower than Inductor alone. The three are called in turn, and medians are
 compared. A row is left out where eager would gather more expert weights than --max-gather-gib (batched_mm copies the
 weights of every token's experts).
+
+On a machine that is shared with other work, set OMP_WAIT_POLICY=passive: GNU OpenMP's threads wait by spinning, and on
+taken cores every operation then lasts as long as the scheduler's time slice.
 """
 
 from __future__ import annotations

@@ -46,9 +46,8 @@ def main() -> int:
         _profile(graph)
     lower_seconds = _lower(best)
     if arguments.json:
-        print(
-            json.dumps({"nodes": best.nodes_before, "capture": capture_seconds, "passes": best.pass_seconds}, indent=2)
-        )
+        seconds = {"capture": capture_seconds, "passes": best.pass_seconds, "lower": lower_seconds}
+        print(json.dumps({"nodes": best.nodes_before, "seconds": seconds}, indent=2))
     else:
         Console().print(_table(best, capture_seconds, lower_seconds))
     return 0

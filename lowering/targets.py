@@ -65,7 +65,9 @@ class ReferenceTarget:
     def kernel_for(self, node: fx.Node, downstream: str) -> str:
         """See :class:`Target`."""
         name = canonical_name(node)
-        composite = name is not None and CANONICAL_OPS[name].fake is None
+        if name is None:
+            return downstream
+        composite = CANONICAL_OPS[name].fake is None
         return f"{downstream} (fused reference)" if composite and downstream != "eager" else "reference"
 
     def lower(self, gm: fx.GraphModule, downstream: str) -> None:

@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _EXPORTS = {
     "moe_ascend": "moe_fx.backend",
-    "explain": "moe_fx.explain",
-    "Explanation": "moe_fx.explain",
+    "explain": "moe_fx.explanation",
+    "Explanation": "moe_fx.explanation",
     "prepare": "moe_fx.prepare",
     "PrepareReport": "moe_fx.prepare",
     "Options": "moe_fx.options",

@@ -52,9 +52,10 @@ def moe_ascend(
     report = GraphReport(compile_id, target, finisher)
 
     def finish(graph: fx.GraphModule) -> Callable[..., Any]:
-        if opts.report is not None:
+        compiled = downstream.compile_graph(finisher, graph, example_inputs, mode=mode, config=opts.downstream_options)
+        if opts.report is not None:  # Last: dynamo may restart a compilation from within the downstream compiler.
             opts.report(report)
-        return downstream.compile_graph(finisher, graph, example_inputs, mode=mode, config=opts.downstream_options)
+        return compiled
 
     if needs_gradients(example_inputs):
         report.unfused_reason = "the graph needs gradients, and fused ops are inference-only"
@@ -110,7 +111,7 @@ def _has_matmul(gm: fx.GraphModule | None) -> bool:
 
 
 def _plain_report(report: GraphReport) -> str:
-    from moe_fx.explain import Explanation
+    from moe_fx.explanation import Explanation
 
     return Explanation([report]).to_text()
 

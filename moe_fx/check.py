@@ -1,8 +1,8 @@
 """The live check (``options={"check": True}``): every rewritten site against what it replaced, on the user's inputs.
 
-On each call the captured graph also runs unfused, node by node. Every canonical op is then given the *unfused* values of
-its inputs, and its results are compared with the unfused values that they stand for; so each op answers for itself and
-no error is carried on. Routers are compared by expert sets, then by the weights of equal experts.
+On each call the captured graph also runs unfused, node by node. Every canonical op is then given the *unfused* values
+of its inputs, and its results are compared with the unfused values that they stand for; so each op answers for itself
+and no error is carried on. Routers are compared by expert sets, then by the weights of equal experts.
 """
 
 from __future__ import annotations

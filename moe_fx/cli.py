@@ -54,7 +54,12 @@ def _parser() -> argparse.ArgumentParser:
 
     explain = command("explain", _explain, "show what is matched in a model, what is missed, and why")
     explain.add_argument("model", metavar="MODEL", help="a model's folder or name, as transformers takes it")
-    explain.add_argument("--layers", type=_positive, metavar="N", help="build only the first N layers (default: all)")
+    explain.add_argument(
+        "--layers",
+        type=_positive,
+        metavar="N",
+        help="build the first N layers (default: as few as hold every kind)",
+    )
     explain.add_argument(
         "--tokens", type=_positive, default=16, metavar="N", help="tokens in the traced input (default: %(default)s)"
     )

@@ -26,7 +26,7 @@ from rich.text import Text
 from moe_fx.backend import moe_ascend
 from moe_fx.demo_model import ModelShape, build_model, random_tokens
 from moe_fx.errors import CheckError, MoeFxError
-from moe_fx.explain import Explanation
+from moe_fx.explanation import Explanation
 from moe_fx.pipeline import GraphReport
 from moe_fx.timing import interleaved_medians
 

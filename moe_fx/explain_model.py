@@ -18,7 +18,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from moe_fx.errors import MissingToolchainError, MoeFxError, OptionError, UnsupportedError
-from moe_fx.explain import Explanation, explain
+from moe_fx.explanation import Explanation, explain
 
 __all__ = ["explain_pretrained"]
 

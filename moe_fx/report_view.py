@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from moe_fx.explain import Explanation
+    from moe_fx.explanation import Explanation
     from moe_fx.passes.core import Site
 
 __all__ = ["TEXT_WIDTH", "Row", "fragment", "page", "render", "rows", "text"]

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._inductor.pattern_matcher import stable_topological_sort
 
 from moe_fx.lowering.ops import CANONICAL_OPS
 from moe_fx.passes.graph import describe, module_path, source_line, value
@@ -224,8 +225,6 @@ class MatchContext:
 
     def finish_pass(self) -> None:
         """Put the graph in order and drop what nothing uses any more."""
-        from torch._inductor.pattern_matcher import stable_topological_sort
-
         stable_topological_sort(self.graph)
         self.graph.eliminate_dead_code()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 aten = torch.ops.aten
+_TORCH_FOLDER = str(Path(torch.__file__).parent)
 
 # Ops that change how elements are laid out or named, never their values.
 RESHAPES = (aten.view, aten.reshape, aten._unsafe_view, aten.flatten, aten.unflatten)
@@ -295,14 +297,18 @@ def clean_module_path(path: str) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """``file:line code`` of the innermost model source line that made the node."""
+    """``file:line code`` of the innermost line of model source (that is, outside PyTorch) that made the node."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    innermost = ""
     for i in range(len(lines) - 1, -1, -1):
         if lines[i].startswith('File "'):
             file, _, rest = lines[i][6:].partition('", line ')
             code = lines[i + 1] if i + 1 < len(lines) and not lines[i + 1].startswith("File ") else ""
-            return f"{file}:{rest.split(',')[0]} {code}".strip()
-    return ""
+            location = f"{file}:{rest.split(',')[0]} {code}".strip()
+            innermost = innermost or location
+            if not file.startswith(_TORCH_FOLDER):
+                return location
+    return innermost
 
 
 def describe(node: fx.Node) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -71,7 +72,7 @@ def experts(
     ).tolist()
     flat_weights = weights.reshape(-1)
     pair_out = x.new_zeros((num_tokens * top_k, x.shape[1]), dtype=combine_dtype)
-    for e, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for e, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if begin == end:
             continue
         rows = pair[begin:end]

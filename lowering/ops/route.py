@@ -1,4 +1,4 @@
-"""``route``: router logits to expert weights and ids, for every softmax, sigmoid and sqrt-softplus router in the field."""
+"""``route``: router logits to expert weights and ids, for softmax, sigmoid and sqrt-softplus routers of every kind."""
 
 from __future__ import annotations
 
@@ -98,10 +98,8 @@ def _limit_to_groups(
     choice: torch.Tensor, n_group: int, topk_group: int, group_score: str, group_fill: str
 ) -> torch.Tensor:
     grouped = choice.unflatten(-1, (n_group, -1))
-    if group_score == "max":
-        group_scores = grouped.max(dim=-1).values
-    else:
-        group_scores = grouped.topk(2, dim=-1)[0].sum(dim=-1)
+    by_max = group_score == "max"
+    group_scores = grouped.max(dim=-1).values if by_max else grouped.topk(2, dim=-1)[0].sum(dim=-1)
     best = torch.topk(group_scores, topk_group, dim=-1, sorted=False)[1]
     keep = torch.zeros_like(group_scores).scatter(-1, best, 1).bool()
     keep = keep.unsqueeze(-1).expand_as(grouped).flatten(-2)

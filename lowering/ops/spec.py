@@ -15,7 +15,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Bounds on a lowered op against its reference: elementwise ``atol + rtol * |ref|`` and relative L2 of the whole."""
+    """Bounds on a lowered op against its reference: ``atol + rtol * |ref|`` per element, relative L2 of the whole."""
 
     atol: float
     rtol: float

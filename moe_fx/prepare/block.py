@@ -174,13 +174,17 @@ def _verify_experts(block: nn.Module, form: ExpertForm, roles: Roles, preparatio
     names = (operands.w13, operands.w2, operands.b13, operands.b2, operands.w3, operands.b3)
     weights = [None if name is None else _attribute(block, name) for name in names]
     x, routing, ids, wanted = (n.meta["val"] for n in (roles.x, roles.weights, roles.ids, roles.result))
-    routed = CANONICAL_OPS["experts"].reference(
-        x.reshape(-1, x.shape[-1]),
-        routing.reshape(-1, roles.top_k),
-        ids.reshape(-1, roles.top_k),
-        *weights,
-        **experts_attributes(form, roles),
-    ).reshape(wanted.shape)
+    routed = (
+        CANONICAL_OPS["experts"]
+        .reference(
+            x.reshape(-1, x.shape[-1]),
+            routing.reshape(-1, roles.top_k),
+            ids.reshape(-1, roles.top_k),
+            *weights,
+            **experts_attributes(form, roles),
+        )
+        .reshape(wanted.shape)
+    )
     got = routed if roles.base is None else roles.base.meta["val"] + routed
     return compare(got, wanted, "its experts do not verify")
 
@@ -195,5 +199,3 @@ def _attribute(block: nn.Module, path: str) -> torch.Tensor:
 def _enough_tokens(store: ExpertStore, roles: Roles) -> int:
     """So many that random routing hits most experts."""
     return max(32, min(4 * store.n_experts // roles.top_k, 512))
-
-

@@ -201,7 +201,7 @@ def _read_form(down: _Matmul, ups: Sequence[_Matmul]) -> ExpertForm:
     assert gate is not None
     products = [gate, down] if up is None else [gate, up, down]
     if up is not None:
-        require(_plain(gate.rows) is _plain(up.rows), "gate and up multiply different rows", up.node)
+        require(_alike(gate.rows, up.rows), "gate and up multiply different rows", up.node)
         require((gate.bias is None) == (up.bias is None), "only one of gate and up has a bias", up.node)
     require(
         len({m.transposed for m in products}) == 1, "an expert's weights are stored in different layouts", down.node
@@ -368,6 +368,17 @@ def _descendants(nodes: Sequence[fx.Node]) -> set[fx.Node]:
 def _is_float(node: fx.Node) -> bool:
     held = node.meta.get("val")
     return isinstance(held, torch.Tensor) and held.is_floating_point() and held.dim() >= 1
+
+
+def _alike(a: Any, b: Any, depth: int = 6) -> bool:
+    """Whether two values are computed in the same way from the same nodes (``x[rows]`` written twice, say)."""
+    if isinstance(a, fx.Node) and isinstance(b, fx.Node):
+        a, b = _plain(a), _plain(b)
+        called_alike = a.op == b.op == "call_function" and a.target == b.target and depth > 0
+        return a is b or (called_alike and _alike((a.args, a.kwargs), (b.args, b.kwargs), depth - 1))
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(_alike(x, y, depth) for x, y in zip(a, b, strict=True))
+    return type(a) is type(b) and bool(a == b)
 
 
 def _plain(node: Any) -> Any:

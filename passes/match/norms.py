@@ -110,11 +110,11 @@ class AddRmsNormPass(Pass):
 
 
 def _is_residual_sum(node: Any) -> bool:
-    """``a + b`` of two activations of one shape and dtype, neither of them a constant."""
+    """``a + b`` of two activations of one shape and dtype."""
     if not is_op(node, aten.add) or number(node.kwargs.get("alpha", 1)) != 1:
         return False
     x, residual = node.args
-    if not (isinstance(x, fx.Node) and isinstance(residual, fx.Node)) or "placeholder" in (x.op, residual.op):
+    if not (isinstance(x, fx.Node) and isinstance(residual, fx.Node)):
         return False
     if rank(x) < 2 or not same_shape(shape(x), shape(residual)):
         return False
@@ -126,10 +126,8 @@ def _read_op(node: fx.Node) -> _Norm:
     bound = bind(node)
     x = bound["input"]
     require(len(bound["normalized_shape"]) == 1, "the norm is over more than the last dimension", node)
-    eps = bound["eps"]
-    if eps is None:
-        wide = torch.float64 if dtype(x) == torch.float64 else torch.float32
-        eps = torch.finfo(wide).eps
+    require(dtype(x) != torch.float64, "the norm is computed in torch.float64, not fp32", node)
+    eps = torch.finfo(torch.float32).eps if bound["eps"] is None else bound["eps"]
     return _Norm(x, float(eps), node, bound["weight"], {"cast": "after"})
 
 
@@ -176,13 +174,15 @@ def _read_spelled(root: fx.Node) -> _Norm:
     require(bool(arg(mean, 2)), "the mean does not keep its dimension", mean)
     inner = root.args[0]
     require(inner is not mean, "no eps is added to the mean square", root)
+    require(number(inner.kwargs.get("alpha", 1)) == 1, "eps is scaled by the sum's alpha", inner)
     eps = number(inner.args[1] if inner.args[0] is mean else inner.args[0])
-    require(eps is not None, "eps is not a constant", inner)
+    require(eps is not None and same_shape(shape(inner), shape(mean)), "eps is not a constant", inner)
     x = wide
+    for node in (wide, mean, root):
+        require(dtype(node) == torch.float32, f"the norm is computed in {dtype(node)}, not fp32", node)
     if is_op(wide, *CASTS):
-        require(dtype(wide) == torch.float32, f"the norm is computed in {dtype(wide)}, not fp32", wide)
         x = wide.args[0]
-    require(dtype(wide) == torch.float32, f"the norm is computed in {dtype(wide)}, not fp32", root)
+        require(dtype(x).is_floating_point, f"the activation is {dtype(x)}, not floating", wide)
     interior = [squared, mean, inner, root]
     for node in interior:
         require(len(node.users) == 1, "an intermediate of the norm has another consumer", node)
@@ -197,12 +197,25 @@ def _read_scaling(root: fx.Node, wide: fx.Node) -> fx.Node:
     divides = is_op(root, aten.sqrt) or (is_op(root, aten.pow) and number(arg(root, 1)) == 0.5)
     node = only_user(root)
     if divides:
-        require(is_op(node, aten.div) and node.args[0] is wide, "x is not divided by the root", root)
+        require(is_op(node, aten.div) and _is_upcast(node.args[0], wide), "x is not divided by the root", root)
         # x / sqrt(v) rounds differently from x * rsqrt(v).
         raise Miss("the norm divides by a square root, which no kernel's rounding matches bit for bit", node)
-    scales = is_op(node, aten.mul) and {*node.args} == {root, wide}
+    factors = (node.args, node.args[::-1]) if is_op(node, aten.mul) else ()
+    scales = any(factor is root and _is_upcast(x, wide) for factor, x in factors)
     require(scales, "the reciprocal root does not scale x", root)
     return node
+
+
+def _is_upcast(node: Any, wide: fx.Node) -> bool:
+    """Whether a factor is ``wide``, the same cast written again, or the activation itself, which the root promotes."""
+    if node is wide:
+        return True
+    if not is_op(wide, *CASTS):
+        return False
+    source = wide.args[0]
+    if node is source:
+        return torch.promote_types(dtype(source), torch.float32) == torch.float32
+    return is_op(node, *CASTS) and node.args[0] is source and dtype(node) == dtype(wide)
 
 
 def _read_weight(norm: _Norm) -> None:
@@ -235,10 +248,17 @@ def _weight_of(user: fx.Node | None, normalised: fx.Node, cast: str | None) -> t
     other = user.args[1] if user.args[0] is normalised else user.args[0]
     if not isinstance(other, fx.Node) or rank(other) != 1 or not same(shape(other)[0], shape(normalised)[-1]):
         return None, 0.0
-    if cast is None and is_op(other, aten.add) and number(arg(other, 1)) is not None:
-        base = other.args[0]
-        if is_op(base, *CASTS) and dtype(base) == torch.float32:
-            return base.args[0], number(arg(other, 1)) or 0.0
-    if cast is None and is_op(other, *CASTS) and dtype(other) == torch.float32:
-        return peel(other, *CASTS, *ALIASES), 0.0
+    if cast is None and dtype(other) == torch.float32:
+        if is_op(other, aten.add) and number(arg(other, 1)) and number(other.kwargs.get("alpha", 1)) == 1:
+            return _narrow(other.args[0]), number(arg(other, 1)) or 0.0
+        return _narrow(other), 0.0
     return other, 0.0
+
+
+def _narrow(weight: fx.Node) -> fx.Node:
+    """The weight before its exact cast to fp32, which the op makes itself."""
+    if not is_op(weight, *CASTS):
+        return weight
+    stored = weight.args[0]
+    exact = dtype(stored).is_floating_point and torch.promote_types(dtype(stored), torch.float32) == torch.float32
+    return peel(stored, *ALIASES) if exact else weight

@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
-from moe_fx.passes.core import MatchContext, Level, Pass, Stage
+from moe_fx.passes.core import Level, MatchContext, Pass, Stage
 from moe_fx.passes.graph import (
     RESHAPES,
     arg,
@@ -89,7 +89,7 @@ def _is_alias(node: fx.Node) -> bool:
 
 
 def _same_strides(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors of one shape are known to be laid out alike; dimensions of size 1 have no stride to speak of."""
+    """Whether two tensors of one shape are known to be laid out alike (the stride of a single element says nothing)."""
     strides = zip(a.shape, a.stride(), b.stride(), strict=True)
     return all(same(size, 1) or same(one, other) for size, one, other in strides)
 
@@ -102,9 +102,10 @@ def _same_shape_view(node: fx.Node) -> fx.Node | None:
     source = node.args[0]
     if same_shape(shape(node), shape(source)):
         return source
-    if is_op(source, *RESHAPES) and same_shape(shape(node), shape(source.args[0])):
-        return source.args[0]
-    return None
+    if not is_op(source, *RESHAPES) or not same_shape(shape(node), shape(source.args[0])):
+        return None
+    # A reshape that copied has another layout, which views to come may need.
+    return source.args[0] if _same_strides(value(node), value(source.args[0])) else None
 
 
 def _full_slice(node: fx.Node) -> fx.Node | None:
@@ -115,8 +116,7 @@ def _full_slice(node: fx.Node) -> fx.Node | None:
 
 
 def _same_dtype_cast(node: fx.Node) -> fx.Node | None:
-    source = node.args[0]
-    return source if dtype(node) == dtype(source) and _same_placement(node, source) else None
+    return node.args[0] if _same_placement(node, node.args[0]) else None
 
 
 def _same_placement(a: fx.Node, b: fx.Node) -> bool:
@@ -154,7 +154,7 @@ _RULES: tuple[tuple[tuple[object, ...], Callable[[fx.Node], fx.Node | None]], ..
     ((aten.alias, aten.detach, aten.lift_fresh), _alias),
     ((*RESHAPES, aten.expand), _same_shape_view),
     ((aten.slice,), _full_slice),
-    ((aten._to_copy, aten.to), _same_dtype_cast),
+    ((aten._to_copy, aten.to, aten.type_as), _same_dtype_cast),
     ((aten.squeeze.dim,), _squeezed_unsqueeze),
     ((aten.mul,), _unit_factor),
     ((aten.div,), _unit_divisor),

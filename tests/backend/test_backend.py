@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiling import compile_with_report, relative_error
-from moe_blocks import H, Block
+from moe_blocks import Block, H
 from torch import nn
 
 import moe_fx

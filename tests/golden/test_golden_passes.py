@@ -6,7 +6,7 @@ import expecttest
 import torch
 import torch.nn.functional as F
 from compiling import compile_with_report
-from moe_blocks import FORMS, H, Block
+from moe_blocks import FORMS, Block, H
 from torch import nn
 
 from moe_fx.graph_text import graph_text

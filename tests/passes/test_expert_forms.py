@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from compiling import compile_with_report, relative_error
-from moe_blocks import FORMS, H, K, Block
+from moe_blocks import FORMS, Block, H, K
 
 _BF16_FORMS = ("grouped", "titan")
 

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import sys
 import types
 import warnings
 from collections import Counter
@@ -350,13 +349,3 @@ def _site_dict(site: Site) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """An attribute as JSON has it; dtypes and symbolic numbers by name."""
     return value if isinstance(value, (bool, int, float, str)) or value is None else str(value)
-
-
-class _CallableModule(types.ModuleType):
-    """This module as its function: importing it puts it where users call ``moe_fx.explain(...)``."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Explanation:
-        return explain(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule
