@@ -14,10 +14,12 @@ from moe_fx.passes.match.norms import AddRmsNormPass, RmsNormPass
 from moe_fx.passes.match.qk_norm_rope import QkNormRopePass
 from moe_fx.passes.match.router import RouterPass
 from moe_fx.passes.match.swiglu import SwigluPass
+from moe_fx.passes.normalize.merge_views import MergeViewsPass
 from moe_fx.passes.normalize.noops import DropNoopsPass
 
 PIPELINE: tuple[type[Pass], ...] = (
     DropNoopsPass,
+    MergeViewsPass,
     RouterPass,
     ExpertsPass,
     ExpertsDensePass,

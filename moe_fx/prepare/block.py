@@ -74,24 +74,28 @@ def prepare_block(path: str, block: nn.Module, store_path: str) -> BlockReport:
     programs = {rank: reading.program for rank, reading in readings.items()}
     preparation = Preparation(block, form, programs, lambda again: _renew(path, again, store_path))
     hit, error = _verify(block, store, form, preparation, readings)
-    install(block, preparation)
-    roles = next(iter(readings.values())).roles
-    router, router_reason = read_router(roles[0])
-    return BlockReport(
+    roles = next(iter(readings.values())).roles[0]
+    router, router_reason = read_router(roles)
+    report = BlockReport(
         module=path,
         kind=type(block).__name__,
         status=PREPARED,
         form="stacked parameters" if form.gate.stacked else "module list",
         n_experts=store.n_experts,
-        top_k=roles[0].top_k,
+        top_k=roles.top_k,
         act=str(form.attributes["act"]),
         router=router,
         router_reason=router_reason,
-        experts=experts_attributes(form, roles[0]),
+        experts=experts_attributes(form, roles),
         bytes_stacked=preparation.nbytes,
         experts_checked=len(hit),
         error=error,
     )
+    for reading in readings.values():
+        for trace in reading.traces:
+            trace.release()
+    install(block, preparation)
+    return report
 
 
 def _renew(path: str, block: nn.Module, store_path: str) -> str:
@@ -158,7 +162,7 @@ def _verify(
                     error = max(error, _verify_experts(block, form, roles, preparation))
                     hit |= roles.experts_hit
                 hidden = reading.traces[0].input.meta["val"].shape[-1]
-                for seed, n_tokens in enumerate((1, 3, _enough_tokens(store, reading.roles[0]))):
+                for seed, n_tokens in enumerate((1, 3, _enough_tokens(store, reading.roles[0].top_k))):
                     leading = (1, n_tokens) if rank == 3 else (n_tokens,)
                     x = _random(store, (*leading, hidden), seed + 1)
                     got = reading.program.run(block, x.clone())
@@ -196,6 +200,6 @@ def _attribute(block: nn.Module, path: str) -> torch.Tensor:
     return found  # type: ignore[return-value]
 
 
-def _enough_tokens(store: ExpertStore, roles: Roles) -> int:
+def _enough_tokens(store: ExpertStore, top_k: int) -> int:
     """So many that random routing hits most experts."""
-    return max(32, min(4 * store.n_experts // roles.top_k, 512))
+    return max(32, min(4 * store.n_experts // top_k, 512))

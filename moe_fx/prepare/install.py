@@ -237,14 +237,6 @@ def _questions(block: nn.Module) -> tuple[Callable[[], bool], Callable[[], bool]
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def trainable() -> bool:
         current = reference()
-        wants = current is not None and any(p.requires_grad for p in current.parameters())
-        if wants:
-            warnings.warn(
-                f"moe_ascend: a prepared {type(current).__name__} runs as it was written, because its parameters want"
-                " gradients; call the model under torch.no_grad() to fuse it.",
-                MoeFxWarning,
-                stacklevel=2,
-            )
-        return wants
+        return current is not None and any(p.requires_grad for p in current.parameters())
 
     return ready, trainable

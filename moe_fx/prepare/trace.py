@@ -42,6 +42,11 @@ class Trace:
     output: Any = None
     data_dependent: list[fx.Node] = field(default_factory=list)
 
+    def release(self) -> None:
+        """Drop all values, so that views of old weights do not keep them alive until the next garbage collection."""
+        for node in self.graph.nodes:
+            node.meta.clear()
+
 
 def record(module: nn.Module, x: torch.Tensor) -> Trace:
     """Execute ``module.forward(x)`` on real values and record it.

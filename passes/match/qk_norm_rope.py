@@ -17,6 +17,7 @@ beside it, stays a norm.
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -38,7 +39,7 @@ from moe_fx.passes.graph import (
     same_shape,
     shape,
 )
-from moe_fx.passes.match.rope_forms import Rope, find_ropes
+from moe_fx.passes.match.rope_forms import Rope, expression, find_ropes
 
 
 @dataclass(frozen=True)
@@ -47,27 +48,27 @@ class _Branch:
 
     rope: Rope
     norm: fx.Node
-    x: fx.Node  # [B, S, N, D] when token_major, or [B, N, S, D]
     kind: str  # "head" or "full"
-    transposed: bool  # the rope acts on [B, N, S, D]
-    token_major: bool  # x is [B, S, N, D]
+    heads_first: bool  # the rope acts on [B, N, S, D], not [B, S, N, D]
+    transposed: bool  # between norm and rope
+    reshape: fx.Node | None  # between norm and rope, before the transpose
     bias: fx.Node | None
     root: fx.Node  # activation that the projection reads
 
     @property
-    def signature(self) -> tuple[Any, ...]:
-        """What a pair of branches must share."""
-        return (
-            peel(self.rope.cos),
-            peel(self.rope.sin),
-            self.rope.form,
-            self.rope.compute_dtype,
-            self.kind,
-            self.transposed,
-            self.norm.args[2],
-            tuple(sorted(self.norm.kwargs.items(), key=str)),
-            self.root,
-        )
+    def signature(self) -> dict[str, Any]:
+        """What a pair of branches must share, by name."""
+        return {
+            "projection input": self.root,
+            "cos": expression(peel(self.rope.cos)),
+            "sin": expression(peel(self.rope.sin)),
+            "rope form": self.rope.form,
+            "rotation dtype": self.rope.compute_dtype,
+            "norm width": self.kind,
+            "layout": self.heads_first,
+            "eps": self.norm.args[2],
+            "norm form": tuple(sorted(self.norm.kwargs.items(), key=str)),
+        }
 
 
 class QkNormRopePass(Pass):
@@ -78,7 +79,7 @@ class QkNormRopePass(Pass):
     requires = ("rms_norm",)
 
     def run(self, ctx: MatchContext) -> None:
-        branches: dict[tuple[Any, ...], list[_Branch]] = defaultdict(list)
+        groups: dict[tuple[Any, ...], list[_Branch]] = defaultdict(list)
         for rope in find_ropes(ctx.graph):
             try:
                 branch = _read_branch(rope)
@@ -86,15 +87,28 @@ class QkNormRopePass(Pass):
                 ctx.missed("qk_norm_rope", rope.result, miss)
                 continue
             if branch is not None:
-                branches[branch.signature].append(branch)
-        for group in branches.values():
-            if len(group) != 2:
-                alone = "no matching key or query branch shares its projection input, cos and sin"
+                groups[tuple(branch.signature.values())].append(branch)
+        single = [branch for group in groups.values() if len(group) != 2 for branch in group]
+        for group in groups.values():
+            try:
+                require(len(group) == 2, _why_single(group[0], single), group[0].norm)
+                _rewrite(ctx, group[0], group[1])
+            except Miss as miss:
                 for branch in group:
-                    ctx.missed("qk_norm_rope", branch.rope.result, Miss(alone, branch.norm))
-                continue
-            _rewrite(ctx, group[0], group[1])
+                    ctx.missed("qk_norm_rope", branch.rope.result, miss)
         ctx.finish_pass()
+
+
+def _why_single(branch: _Branch, others: list[_Branch]) -> str:
+    """What keeps a branch from the one beside it."""
+    beside = [other for other in others if other.root is branch.root and other is not branch]
+    for other in beside:
+        for name, ours in branch.signature.items():
+            if other.signature[name] != ours:
+                return f"queries and keys differ in {name}"
+    if beside:
+        return f"{1 + len(beside)} branches are normalised and rotated alike, not one for queries and one for keys"
+    return "no other branch of its projection's input is normalised and rotated"
 
 
 def _is_norm(node: Any) -> bool:
@@ -103,54 +117,56 @@ def _is_norm(node: Any) -> bool:
 
 def _read_branch(rope: Rope) -> _Branch | None:
     """The branch that ends in ``rope``; None when its tensor is not freshly normalised (no candidate)."""
-    node, transposed = peel(rope.x, *ALIASES), False
-    if is_op(node, aten.transpose) and {d % 4 for d in node.args[1:3]} == {1, 2}:
-        node, transposed = peel(node.args[0], *ALIASES), True
-    kind, flat = "head", node
-    if is_op(node, *RESHAPES):
-        flat, kind = peel(node.args[0], *ALIASES), "full"
-    bias = None
-    if is_op(flat, aten.add) and _is_norm(flat.args[0]) and isinstance(flat.args[1], fx.Node):
-        bias, flat = flat.args[1], flat.args[0]
-    if not _is_norm(flat):
-        return None
-    if kind == "full" and same_shape(shape(flat)[-1:], shape(node)[-1:]):
-        kind = "head"  # The reshape only splits leading dimensions.
-        require(rank(flat) == 4, "the norm is per head over a tensor that is not [B, S, N, D]", flat)
-    head_axis = 1 if same(shape(rope.cos)[1], 1) and not same(shape(rope.cos)[2], 1) else None
-    head_axis = _head_axis(rope, head_axis, transposed)
-    for inner in (flat, node, rope.x):
-        require(
-            all(_leads_to(user, rope) for user in inner.users),
-            "the normalised tensor has a consumer besides the rope",
-            inner,
-        )
-    require(bias is None or rank(bias) == 1, "the norm's bias is not over the head", flat)
+    node = peel(rope.x, *ALIASES)
+    transposed = _swaps_heads(node)
     if transposed:
-        require(head_axis == 1, "cos and sin do not broadcast over the head dimension", rope.result)
-    token_major = transposed or head_axis == 2
-    require(kind == "head" or token_major, "the full-width norm's heads do not follow tokens", flat)
-    return _Branch(rope, flat, flat.args[0], kind, transposed or head_axis == 1, token_major, bias, _root(flat))
+        node = peel(node.args[0], *ALIASES)
+    reshape = node if is_op(node, *RESHAPES) else None
+    inner = node if reshape is None else peel(reshape.args[0], *ALIASES)
+    norm, bias = inner, None
+    if is_op(inner, aten.add) and _is_norm(inner.args[0]) and isinstance(inner.args[1], fx.Node):
+        norm, bias = inner.args
+    if not _is_norm(norm):
+        return None
+    require(_ends_in(norm, rope), "the normalised tensor has a consumer besides the rope", norm)
+    require("out_dtype" not in norm.kwargs, "the norm's result is not rounded to its input's dtype", norm)
+    if bias is not None:
+        require(rank(bias) == 1, "the norm's bias is not over the normalised dimension", inner)
+    heads_first = _has_heads_first(rope, norm, transposed)
+    require(heads_first or not transposed, "cos and sin do not broadcast over the head dimension", rope.result)
+    n_heads, head_dim = shape(node)[-2:]
+    width = shape(norm)[-1]
+    kind = "head" if same(width, head_dim) else "full"
+    if kind == "full":
+        whole_heads = same(n_heads * head_dim, width) and transposed == heads_first
+        require(whole_heads, "the view behind the norm is not of whole heads per token", node)
+    return _Branch(rope, norm, kind, heads_first, transposed, reshape, bias, _root(norm))
 
 
-def _head_axis(rope: Rope, guess: int | None, transposed: bool) -> int:
-    if guess is not None:
-        return guess
-    if same(shape(rope.cos)[1], 1) and same(shape(rope.cos)[2], 1):
-        return 1 if transposed else 2  # One token: both axes broadcast.
-    return 1 if same(shape(rope.cos)[1], 1) else 2
+def _swaps_heads(node: Any) -> bool:
+    """Whether node is [B, S, N, D] as [B, N, S, D], or the other way round."""
+    if is_op(node, aten.transpose) and rank(node) == 4:
+        return {d % 4 for d in node.args[1:3]} == {1, 2}
+    return is_op(node, aten.permute) and [d % rank(node) for d in node.args[1]] == [0, 2, 1, 3]
 
 
-def _leads_to(user: fx.Node, rope: Rope) -> bool:
-    """Whether a consumer is part of the rotation (within the few ops one takes)."""
-    frontier = [user]
-    for _ in range(8):
-        if rope.result in frontier or not frontier:
-            break
-        frontier = [u for n in frontier for u in (n.users if n is not rope.result else ())]
-        if rope.result in frontier:
-            return True
-    return rope.result in frontier
+def _has_heads_first(rope: Rope, norm: fx.Node, transposed: bool) -> bool:
+    """Whether the rope acts on [B, N, S, D]: the tables say so, except for one token, where both axes broadcast."""
+    on_first, on_second = (same(shape(rope.cos)[axis], 1) for axis in (1, 2))
+    return on_first and (not on_second or transposed or _swaps_heads(norm.args[0]))
+
+
+def _ends_in(norm: fx.Node, rope: Rope) -> bool:
+    """Whether all that is computed from the norm ends in the rotated tensor, within the few ops a rotation takes."""
+    seen, queue = {norm}, [norm]
+    while queue:
+        for user in queue.pop().users:
+            if user.op == "output" or len(seen) > 32:
+                return False
+            if user is not rope.result and user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return True
 
 
 def _root(norm: fx.Node) -> fx.Node:
@@ -159,34 +175,37 @@ def _root(norm: fx.Node) -> fx.Node:
     for _ in range(10):
         node = peel(node)
         if is_op(node, aten.linear, aten.mm, aten.matmul, aten.addmm):
-            return node.args[1] if is_op(node, aten.addmm) else node.args[0]
+            return peel(node.args[1] if is_op(node, aten.addmm) else node.args[0])
         cut = as_slice(node)
         if cut is not None:
             node = cut.source
-        elif is_op(node, aten.transpose, aten.add, aten.select):
+        elif is_op(node, operator.getitem) and is_op(node.args[0], aten.unbind):
+            node = node.args[0].args[0]
+        elif is_op(node, aten.transpose, aten.permute, aten.add, aten.select):
             node = node.args[0]
-        elif isinstance(node, fx.Node) and node.op == "call_function" and not node.all_input_nodes:
-            return node
         else:
-            return node
+            break
     return node
 
 
 def _rewrite(ctx: MatchContext, first: _Branch, second: _Branch) -> None:
     q, k = _order(first, second)
-    head_axis = 1 if q.transposed else 2
+    token_axis = 2 if q.heads_first else 1
+    of_one_batch = all(same(shape(q.rope.x)[axis], shape(k.rope.x)[axis]) for axis in (0, token_axis))
+    require(of_one_batch, "queries and keys are of different tokens", k.norm)
+    require(same_shape(shape(q.rope.cos), shape(k.rope.cos)), "queries and keys differ in cos", k.norm)
+    head_axis = 1 if q.heads_first else 2
     cos, sin = (_drop_head_dim(ctx, table, head_axis, q.rope.result) for table in (q.rope.cos, q.rope.sin))
-    args = (_heads(ctx, q), _heads(ctx, k), q.norm.args[1], k.norm.args[1], cos, sin, q.norm.args[2])
+    args = (_token_major(ctx, q), _token_major(ctx, k), q.norm.args[1], k.norm.args[1], cos, sin, q.norm.args[2])
     attributes = {
         **q.norm.kwargs,
         "norm": q.kind,
         "rope": q.rope.form,
         "rope_dtype": q.rope.compute_dtype,
-        "layout": "bnsd" if q.transposed else "bsnd",
+        "layout": "bnsd" if q.heads_first else "bsnd",
         "q_bias": q.bias,
         "k_bias": k.bias,
     }
-    attributes.pop("out_dtype", None)
     node = ctx.emit_op("qk_norm_rope", args, {n: v for n, v in attributes.items() if v is not None}, like=q.norm)
     for index, branch in enumerate((q, k)):
         ctx.replace(branch.rope.result, ctx.output_of(node, index))
@@ -204,23 +223,24 @@ def _rotary_dim(rope: Rope) -> Any:
 
 def _order(first: _Branch, second: _Branch) -> tuple[_Branch, _Branch]:
     """Queries have at least as many heads; among equals, the one projected first."""
-    axis = 1 if first.transposed else 2
+    axis = 1 if first.heads_first else 2
     heads = [shape(b.rope.result)[axis] for b in (first, second)]
     if all(isinstance(h, int) for h in heads) and heads[0] < heads[1]:
         return second, first
     return (first, second) if heads[0] != heads[1] or first.norm < second.norm else (second, first)
 
 
-def _heads(ctx: MatchContext, branch: _Branch) -> fx.Node:
+def _token_major(ctx: MatchContext, branch: _Branch) -> fx.Node:
     """The norm's input as [B, S, N, D]."""
-    x = branch.x
-    if branch.kind == "full":
-        view = shape(branch.rope.x)
-        heads = view[1] if branch.transposed else view[2]
-        return ctx.emit(aten.unflatten.int, (x, -1, [heads, view[3]]), like=branch.norm)
-    if not branch.token_major:
-        return ctx.emit(aten.transpose.int, (x, 1, 2), like=branch.norm)
-    return x
+    x = branch.norm.args[0]
+    if branch.reshape is not None:
+        # A view may not exist of what the norm read: parts of a merged projection are strided.
+        view = is_op(branch.reshape, aten.view, aten._unsafe_view)
+        target = aten.reshape.default if view else branch.reshape.target
+        x = ctx.emit(target, (x, *branch.reshape.args[1:]), branch.reshape.kwargs, like=branch.norm)
+    if branch.transposed == branch.heads_first:
+        return x
+    return x.args[0] if _swaps_heads(x) else ctx.emit(aten.transpose.int, (x, 1, 2), like=branch.norm)
 
 
 def _drop_head_dim(ctx: MatchContext, table: fx.Node, head_axis: int, like: fx.Node) -> fx.Node:

@@ -12,6 +12,7 @@ Forms (c, s are the cos and sin tables; the names are those of ``lowering.ops.ro
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,7 @@ from moe_fx.passes.graph import (
     ALIASES,
     CASTS,
     RESHAPES,
+    VIEWS,
     arg,
     as_half,
     as_slice,
@@ -36,6 +38,18 @@ from moe_fx.passes.graph import (
     same,
     same_shape,
     shape,
+    value,
+)
+
+_CUTS = (
+    aten.slice,
+    aten.select,
+    aten.transpose,
+    aten.permute,
+    aten.split,
+    aten.split_with_sizes,
+    aten.chunk,
+    aten.unbind,
 )
 
 
@@ -64,9 +78,23 @@ def find_ropes(graph: fx.Graph) -> list[Rope]:
     ropes = []
     for node in graph.nodes:
         rope = _read_product_sum(node) or _read_pair(node)
-        if rope is not None:
-            ropes.append(_extend_partial(_extend_cast(rope)))
+        if rope is None:
+            continue
+        rope = _extend_partial(_extend_cast(rope))
+        if same_shape(shape(rope.x), shape(rope.result)):
+            ropes.append(rope)
     return ropes
+
+
+def expression(tree: Any) -> Any:
+    """A hashable key that is equal for views written twice, as per-tensor helpers do (``freqs[..., 0]``)."""
+    if isinstance(tree, (list, tuple)):
+        return tuple(expression(item) for item in tree)
+    node = peel(tree, *ALIASES)
+    is_size = isinstance(node, fx.Node) and isinstance(value(node), torch.SymInt)
+    if is_op(node, *VIEWS, *CASTS, *_CUTS, operator.getitem) or (is_size and node.op == "call_function"):
+        return (node.target, expression(node.args), tuple((k, expression(v)) for k, v in sorted(node.kwargs.items())))
+    return node
 
 
 def _products(node: fx.Node) -> Iterator[tuple[fx.Node, fx.Node, fx.Node, fx.Node]]:
@@ -87,7 +115,7 @@ def _read_product_sum(node: fx.Node) -> Rope | None:
         return None
     for x, cos, rotated, sin in _products(node):
         turned = _read_rotated(rotated)
-        if turned is not None and peel(turned[0], *ALIASES) is peel(x, *ALIASES) and _is_table(cos, sin, x):
+        if turned is not None and expression(turned[0]) == expression(x) and _is_table(cos, sin, x):
             return Rope(peel(x, *ALIASES), node, cos, sin, turned[1])
     return None
 
@@ -105,7 +133,7 @@ def _read_rotated(node: fx.Node) -> tuple[fx.Node, str] | None:
     if not is_op(negated, aten.neg):
         return None
     second, first = as_half(negated.args[0]), as_half(plain)
-    if second is None or first is None or second[0] is not first[0]:
+    if second is None or first is None or expression(second[0]) != expression(first[0]):
         return None
     return (second[0], form) if (second[1], first[1]) == order else None
 
@@ -123,13 +151,15 @@ def _read_pair(node: fx.Node) -> Rope | None:
     if not (len(parts) == 2 and is_op(difference, aten.sub) and is_op(total, aten.add)):
         return None
     for x1, cos, x2, sin in _products(difference):
-        if difference.args[0].args[0] not in (x1, cos):
+        if {*difference.args[0].args} != {x1, cos}:
             continue  # Only x1 * c may stand left of the minus.
+        first, second = as_half(x1), as_half(x2)
+        if first is None or second is None or expression(first[0]) != expression(second[0]):
+            continue
+        if not _is_table(cos, sin, x1):
+            continue
         for b, c, a, s in _products(total):
-            if (a, b, c, s) != (x1, x2, cos, sin):
-                continue
-            first, second = as_half(x1), as_half(x2)
-            if first is None or second is None or first[0] is not second[0] or not _is_table(cos, sin, x1):
+            if expression((a, b, c, s)) != expression((x1, x2, cos, sin)):
                 continue
             which = (first[1], second[1])
             form = {
@@ -143,11 +173,12 @@ def _read_pair(node: fx.Node) -> Rope | None:
 
 
 def _is_table(cos: fx.Node, sin: fx.Node, x: fx.Node) -> bool:
-    """Tables broadcast over heads: same rank as x, one head, x's last dimension."""
-    if rank(cos) != rank(x) or not same_shape(shape(cos), shape(sin)) or rank(x) != 4:
+    """Tables that broadcast over x's heads: its rank, one head, its last dimension."""
+    if rank(x) != 4 or rank(cos) != 4 or not same_shape(shape(cos), shape(sin)):
         return False
     one_head = same(shape(cos)[1], 1) or same(shape(cos)[2], 1)
-    return one_head and same(shape(cos)[-1], shape(x)[-1])
+    broadcasts = all(same(c, 1) or same(c, n) for c, n in zip(shape(cos)[:3], shape(x)[:3], strict=True))
+    return one_head and broadcasts and same(shape(cos)[-1], shape(x)[-1])
 
 
 def _extend_cast(rope: Rope) -> Rope:
@@ -176,7 +207,8 @@ def _extend_partial(rope: Rope) -> Rope:
     if same(shape(parts[1])[-1], 0):
         return replace(rope, result=cat)
     whole = rest.source
-    if rotated is None or rotated.source is not whole or rotated.step != 1:
+    if rotated is None or expression(rotated.source) != expression(whole) or rotated.step != 1:
         return rope
     adjoins = same(rotated.start, 0) and same(rest.start, rotated.stop) and same(rest.stop, shape(whole)[-1])
-    return replace(rope, x=whole, result=cat) if adjoins and rest.dim == rotated.dim else rope
+    in_last = rest.dim == rotated.dim == rank(whole) - 1
+    return replace(rope, x=whole, result=cat) if adjoins and in_last else rope
