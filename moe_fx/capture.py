@@ -43,12 +43,15 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
     _specialize_floats(gm)
     _drop_grad_mode_switches(gm)
     fakes = _fake_inputs(gm, example_inputs)
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.no_grad(), warnings.catch_warnings():
             # Canonical ops that the model calls itself (through moe_fx.prepare) are composite and functional.
             warnings.filterwarnings("ignore", message="At pre-dispatch tracing")
             exported, signature = aot_export_module(gm, fakes, trace_joint=False, pre_dispatch=True, decompositions={})
     except Exception as error:
+        # Exporting a graph with torch.func transforms (vmap) can fail half way through one: leave none of it active.
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise CaptureError(f"{type(error).__name__}: {first_line}") from error
     assert isinstance(exported, fx.GraphModule)

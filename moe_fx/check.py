@@ -108,7 +108,7 @@ def first_failure(
             continue
         env[node] = node.target(*node_args, **node_kwargs)
         site = site_of.get(node.name)
-        if site is not None:
+        if site is not None and site.replaced:
             expected = _expected(site, values["nodes"])
             what = compare_outputs(site.op.split(".")[-1], env[node], expected)
             if what:

@@ -88,6 +88,7 @@ def active_passes(options: Options) -> list[Pass]:
 def run_passes(gm: fx.GraphModule, options: Options, report: GraphReport, dumper: GraphDumper) -> None:
     """Rewrite ``gm`` in place and fill in ``report``."""
     ctx = MatchContext(gm, Level(options.level))
+    ctx.sites += _called_by_the_model(gm.graph)
     report.nodes_before = len(gm.graph.nodes)
     dumper.graph("captured", gm.graph)
     for item in active_passes(options):
@@ -113,6 +114,29 @@ def lower(gm: fx.GraphModule, report: GraphReport, dumper: GraphDumper) -> None:
             site.kernel = target.kernel_for(nodes[site.node], report.downstream)
     target.lower(gm, report.downstream)
     dumper.graph("lowered", gm.graph)
+
+
+_KIND_OF_OP = {"route": "router", "experts": "experts", "rms_norm": "norm", "add_rms_norm": "norm"}
+
+
+def _called_by_the_model(graph: fx.Graph) -> list[Site]:
+    """Canonical ops that are in the captured graph already: blocks that ``moe_fx.prepare`` or an engine put there."""
+    return [
+        Site(
+            kind=_KIND_OF_OP.get(name, name),
+            matched=True,
+            pass_name="prepare",
+            module=module_path(node),
+            source=source_line(node),
+            form="prepared",
+            level=Level.TOLERANCE,
+            op=str(node.target).removesuffix(".default"),
+            node=node.name,
+            attributes=dict(node.kwargs),
+        )
+        for node in graph.nodes
+        if (name := targets.canonical_name(node)) is not None
+    ]
 
 
 PREPARE_HINT = "call moe_fx.prepare(model) before torch.compile"

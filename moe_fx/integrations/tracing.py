@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def tracing_for_moe_ascend() -> bool:
     """True while dynamo traces for ``moe_ascend``; False in eager code and while it traces for any other backend.
 

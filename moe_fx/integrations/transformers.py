@@ -67,7 +67,7 @@ class _PatchOnImport:
 
             def exec_and_patch(module: ModuleType) -> None:
                 execute(module)
-                sys.meta_path.remove(self)  # type: ignore[arg-type]
+                sys.meta_path.remove(self)
                 _patch(module)
 
             spec.loader.exec_module = exec_and_patch  # type: ignore[method-assign]
@@ -82,8 +82,8 @@ def _patch(module: Any) -> None:
     for name in _VERSION_PREDICATES:
         if name in vars(module):
             setattr(module, name, _constant_while_tracing(getattr(module, name)))
-    interface = getattr(module, "ExpertsInterface", None)
-    if "get_interface" in vars(interface or object):
+    interface: Any = getattr(module, "ExpertsInterface", object)
+    if "get_interface" in vars(interface):
         interface.get_interface = _graph_friendly(interface.get_interface)
     elif hasattr(module, "grouped_mm_experts_forward") and hasattr(module, _DECORATOR):
         _patch_decorated_classes(module)
@@ -99,14 +99,14 @@ def _patch(module: Any) -> None:
 
 
 def _constant_while_tracing(predicate: Callable[..., bool]) -> Callable[..., bool]:
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @torch.compiler.assume_constant_result
     def constant(*args: Any, **kwargs: Any) -> bool:
         return predicate(*args, **kwargs)
 
     def asked(*args: Any, **kwargs: Any) -> bool:
         # Called only while our backend traces, so that other backends meet transformers' own function.
         if tracing_for_moe_ascend():
-            return constant(*args, **kwargs)  # type: ignore[no-any-return]
+            return constant(*args, **kwargs)
         return predicate(*args, **kwargs)
 
     return asked
@@ -161,10 +161,11 @@ def _patch_forward(cls: Any, module: Any) -> type:
     forward.__doc__ = original.__doc__
     setattr(forward, _MARK, True)
     cls.forward = forward
-    return cls  # type: ignore[no-any-return]
+    return cls
 
 
 def _subclasses(cls: type) -> Iterator[type]:
-    for child in cls.__subclasses__():
+    children: list[type] = cls.__subclasses__()
+    for child in children:
         yield child
         yield from _subclasses(child)

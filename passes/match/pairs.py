@@ -327,6 +327,12 @@ class PairSpace:
 
     def _read_out_of_range(self, node: fx.Node) -> OutOfRange | None:
         node = peel(node, *RESHAPES, *UNIT_DIMS, *ALIASES, aten.expand)
+        if is_op(node, aten.index, aten.index_select):
+            base, index = _single_index(node)
+            mask, permutation = self.out_of_range(base), self.permutation(index)
+            if mask is None or permutation is None or permutation.inverse or mask.order != TOKEN_MAJOR:
+                return None
+            return replace(mask, order=permutation.order)
         if is_op(node, aten.ge):
             pairs = self.pairs(node.args[0])
             if pairs is not None and not dtype(pairs.root).is_floating_point:

@@ -28,7 +28,9 @@ from torch import fx
 from moe_fx.passes.core import Level, MatchContext, Miss, Pass, require
 from moe_fx.passes.graph import (
     ALIASES,
+    CASTS,
     RESHAPES,
+    VIEWS,
     arg,
     as_slice,
     aten,
@@ -56,6 +58,11 @@ class _Branch:
     root: fx.Node  # activation that the projection reads
 
     @property
+    def one_head(self) -> bool:
+        """Whether head and full width are the same."""
+        return same(shape(self.rope.x)[1 if self.heads_first else 2], 1)
+
+    @property
     def signature(self) -> dict[str, Any]:
         """What a pair of branches must share, by name."""
         return {
@@ -64,7 +71,6 @@ class _Branch:
             "sin": expression(peel(self.rope.sin)),
             "rope form": self.rope.form,
             "rotation dtype": self.rope.compute_dtype,
-            "norm width": self.kind,
             "layout": self.heads_first,
             "eps": self.norm.args[2],
             "norm form": tuple(sorted(self.norm.kwargs.items(), key=str)),
@@ -173,7 +179,7 @@ def _root(norm: fx.Node) -> fx.Node:
     """The activation behind the branch's projection: queries and keys of one layer share it."""
     node = norm.args[0]
     for _ in range(10):
-        node = peel(node)
+        node = peel(node, *VIEWS, *CASTS)
         if is_op(node, aten.linear, aten.mm, aten.matmul, aten.addmm):
             return peel(node.args[1] if is_op(node, aten.addmm) else node.args[0])
         cut = as_slice(node)
@@ -194,12 +200,14 @@ def _rewrite(ctx: MatchContext, first: _Branch, second: _Branch) -> None:
     of_one_batch = all(same(shape(q.rope.x)[axis], shape(k.rope.x)[axis]) for axis in (0, token_axis))
     require(of_one_batch, "queries and keys are of different tokens", k.norm)
     require(same_shape(shape(q.rope.cos), shape(k.rope.cos)), "queries and keys differ in cos", k.norm)
+    width = q.kind if k.one_head else k.kind
+    require(all(b.kind == width or b.one_head for b in (q, k)), "queries and keys differ in norm width", k.norm)
     head_axis = 1 if q.heads_first else 2
     cos, sin = (_drop_head_dim(ctx, table, head_axis, q.rope.result) for table in (q.rope.cos, q.rope.sin))
     args = (_token_major(ctx, q), _token_major(ctx, k), q.norm.args[1], k.norm.args[1], cos, sin, q.norm.args[2])
     attributes = {
         **q.norm.kwargs,
-        "norm": q.kind,
+        "norm": width,
         "rope": q.rope.form,
         "rope_dtype": q.rope.compute_dtype,
         "layout": "bnsd" if q.heads_first else "bsnd",
@@ -211,8 +219,8 @@ def _rewrite(ctx: MatchContext, first: _Branch, second: _Branch) -> None:
         ctx.replace(branch.rope.result, ctx.output_of(node, index))
     merged = {branch.norm.name for branch in (q, k)}
     ctx.sites[:] = [s for s in ctx.sites if not (s.kind == "norm" and s.node in merged)]
-    width = "partial " if not same(shape(q.rope.x)[-1], _rotary_dim(q.rope)) else ""
-    form = f"{q.kind} norm, {width}{q.rope.form} rope"
+    extent = "partial " if not same(shape(q.rope.x)[-1], _rotary_dim(q.rope)) else ""
+    form = f"{width} norm, {extent}{q.rope.form} rope"
     ctx.matched("qk_norm_rope", q.norm, node, form=form, replaced=[q.rope.result, k.rope.result])
 
 

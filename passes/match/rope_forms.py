@@ -41,16 +41,8 @@ from moe_fx.passes.graph import (
     value,
 )
 
-_CUTS = (
-    aten.slice,
-    aten.select,
-    aten.transpose,
-    aten.permute,
-    aten.split,
-    aten.split_with_sizes,
-    aten.chunk,
-    aten.unbind,
-)
+_CUTS = (aten.slice, aten.select, aten.split, aten.split_with_sizes, aten.chunk, aten.unbind)
+_PARTS = (*VIEWS, *CASTS, *_CUTS, aten.transpose, aten.permute, operator.getitem)
 
 
 @dataclass(frozen=True)
@@ -92,7 +84,7 @@ def expression(tree: Any) -> Any:
         return tuple(expression(item) for item in tree)
     node = peel(tree, *ALIASES)
     is_size = isinstance(node, fx.Node) and isinstance(value(node), torch.SymInt)
-    if is_op(node, *VIEWS, *CASTS, *_CUTS, operator.getitem) or (is_size and node.op == "call_function"):
+    if is_op(node, *_PARTS) or (is_size and node.op == "call_function"):
         return (node.target, expression(node.args), tuple((k, expression(v)) for k, v in sorted(node.kwargs.items())))
     return node
 

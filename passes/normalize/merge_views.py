@@ -8,7 +8,8 @@ Fused::
 
     y = x.view(b)
 
-Only when nothing else reads the first view: matchers then see tokens flattened in one step, however many the model took.
+Only when nothing else reads the first view: matchers then see tokens flattened in one step, however many the model
+took.
 """
 
 from __future__ import annotations

@@ -363,3 +363,20 @@ def test_public_names_resolve():
         assert getattr(moe_fx, name) is not None
     with pytest.raises(AttributeError, match="it exports"):
         moe_fx.no_such_name  # noqa: B018
+
+
+def test_a_graph_that_cannot_be_exported_runs_unfused():
+    """vmap inside the graph defeats the pre-dispatch export; nothing of it may stay behind in functorch."""
+
+    def fn(x):
+        return torch.vmap(lambda row: row.sin() + 1)(x)
+
+    x = torch.randn(3, 4)
+    compiled = compile_with_report(fn)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = compiled(x)
+    assert torch.equal(got, fn(x))
+    if compiled.reports[0].unfused_reason:
+        assert any("runs unfused" in str(w.message) for w in caught)
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0

@@ -12,7 +12,7 @@ import torch
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
-import moe_fx.backend  # noqa: E402, F401 - as torch.compile(backend="moe_ascend") does: installs the hook
+import moe_fx.backend  # noqa: E402 - as torch.compile(backend="moe_ascend") does: installs the hook
 from moe_fx.integrations import transformers as hook  # noqa: E402
 
 TINY = dict(

@@ -164,7 +164,7 @@ def test_another_mode_than_recorded_runs_the_original(zoo):
 
 
 def test_module_and_function_share_a_name():
-    import moe_fx.prepare.report  # binds the package in moe_fx, where the function is exported
+    import moe_fx.preparation.report  # binds the package in moe_fx, where the function is exported
 
     assert not moe_fx.prepare(nn.Linear(2, 2)).blocks
 
@@ -193,7 +193,7 @@ def test_peak_memory_is_one_block_above_the_model():
         import resource, torch
         from torch import nn
         import torch.nn.functional as F
-        import torch._dynamo, moe_fx, moe_fx.prepare.install
+        import torch._dynamo, moe_fx, moe_fx.preparation.install
 
         class Mlp(nn.Module):
             def __init__(self):

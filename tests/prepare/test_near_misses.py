@@ -129,7 +129,13 @@ def test_weights_that_are_not_there_yet(zoo):
 def test_hooks_on_an_expert(zoo):
     block = zoo.MaskedLoop().eval()
     block.experts[1].register_forward_hook(lambda module, args, output: output * 2)
-    assert "forward hooks" in reason(block)
+    assert reason(block).startswith("experts.1 has forward hooks")
+
+
+def test_a_forward_replaced_on_the_instance(zoo):
+    block = zoo.MaskedLoop().eval()
+    block.router.forward = lambda x: torch.zeros(x.shape[0], 8)
+    assert reason(block).startswith("router's forward was replaced on the instance")
 
 
 def test_a_shared_parameter(zoo):

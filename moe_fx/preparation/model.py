@@ -9,10 +9,10 @@ from torch import nn
 
 from moe_fx.integrations import transformers as transformers_hook
 from moe_fx.passes.core import Miss
-from moe_fx.prepare.block import NeedsNothing, Unfit, prepare_block
-from moe_fx.prepare.install import ATTRIBUTE, is_prepared, uninstall
-from moe_fx.prepare.report import LEFT, NEEDS_NOTHING, BlockReport, PrepareReport
-from moe_fx.prepare.weights import expert_modules, stacked_experts
+from moe_fx.preparation.block import NeedsNothing, Unfit, prepare_block
+from moe_fx.preparation.install import ATTRIBUTE, is_prepared, uninstall
+from moe_fx.preparation.report import LEFT, NEEDS_NOTHING, BlockReport, PrepareReport
+from moe_fx.preparation.weights import expert_modules, stacked_experts
 
 
 def prepare(model: nn.Module) -> PrepareReport:

@@ -19,8 +19,8 @@ from moe_fx.passes.graph import ALIASES, CASTS, UNIT_DIMS, arg, aten, bind, dtyp
 from moe_fx.passes.match.activation import read_activation
 from moe_fx.passes.match.router import RouterPass
 from moe_fx.passes.normalize.noops import DropNoopsPass
-from moe_fx.prepare.trace import Trace
-from moe_fx.prepare.weights import ExpertStore, Slot
+from moe_fx.preparation.trace import Trace
+from moe_fx.preparation.weights import ExpertStore, Slot
 
 _FILLS = (aten.zeros_like, aten.ones_like, aten.full_like, aten.empty_like, aten.new_zeros, aten.new_empty)
 _PICKS = (aten.index, aten.index_select, aten.gather, aten.masked_select)
@@ -155,17 +155,17 @@ def _matmuls(graph: fx.Graph, store: ExpertStore) -> Iterator[_Matmul]:
         if bias is not None:
             bias_found = store.bias_of(bias)
             require(bias_found is not None and bias_found[1] == expert, "an expert adds another expert's bias", node)
-            bias_slot = bias_found[0]  # type: ignore[index]
+            bias_slot = bias_found[0]
         yield _Matmul(node, out, rows, expert, slot, bias_slot, stored_in_out != swapped)
 
 
 def _added_bias(node: fx.Node, store: ExpertStore) -> tuple[fx.Node, Any]:
     """``(sum, bias)`` when the product's one consumer adds a bias to it."""
     user = next(iter(node.users)) if len(node.users) == 1 else None
-    if is_op(user, aten.add) and isinstance(user.args[1], fx.Node):  # type: ignore[union-attr]
-        other = user.args[1] if user.args[0] is node else user.args[0]  # type: ignore[union-attr]
-        if store.bias_of(other) is not None and not user.kwargs:  # type: ignore[union-attr]
-            return user, other  # type: ignore[return-value]
+    if is_op(user, aten.add) and isinstance(user.args[1], fx.Node):
+        other = user.args[1] if user.args[0] is node else user.args[0]
+        if store.bias_of(other) is not None and not user.kwargs:
+            return user, other
     return node, None
 
 
@@ -312,7 +312,7 @@ def _read_tokens(gate_rows: Sequence[fx.Node], tainted: set[fx.Node], live: set[
         }
         common = own if common is None else common & own
     require(bool(common), "the experts' rows are not taken from the block's tokens", gate_rows[0])
-    return max(common)  # type: ignore[type-var]
+    return max(common)
 
 
 def _read_base(result: fx.Node, tainted: set[fx.Node], live: set[fx.Node]) -> fx.Node | None:

@@ -21,8 +21,8 @@ from torch import fx
 from moe_fx.lowering.ops import CANONICAL_OPS
 from moe_fx.passes.core import Miss, drop_defaults, require
 from moe_fx.passes.graph import aten, describe, dtype, rank, shape
-from moe_fx.prepare.recognise import ExpertForm, Roles, as_argument
-from moe_fx.prepare.trace import UNREGISTERED, Trace
+from moe_fx.preparation.recognise import ExpertForm, Roles, as_argument
+from moe_fx.preparation.trace import UNREGISTERED, Trace
 
 _SERIAL = itertools.count()
 
@@ -43,7 +43,7 @@ class Operands:
         """The block's own parameters where they are stacked, else attributes of its attribute ``stacks``."""
         if form.gate.stacked:
             slots = (form.gate, form.down, form.gate_bias, form.down_bias, form.up, form.up_bias)
-            return cls(*(None if slot is None else slot.paths[0] for slot in slots))  # type: ignore[arg-type]
+            return cls(*(None if slot is None else slot.paths[0] for slot in slots))
         return cls(
             f"{stacks}.w13",
             f"{stacks}.w2",
@@ -117,7 +117,7 @@ class _Writer:
             what = describe(node)
             args = self._unify([n.args for n in same], what)
             kwargs = self._unify([n.kwargs for n in same], what)
-            self._new[node] = self._graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+            self._new[node] = self._graph.call_function(node.target, args, kwargs)
 
     def _write_experts(self) -> fx.Node:
         roles, graph, new = self._roles[0], self._graph, self._new
@@ -198,7 +198,7 @@ class _Writer:
 
 def first_device(trace: Trace) -> torch.device:
     """The device that the trace's input was on."""
-    return trace.input.meta["val"].device  # type: ignore[no-any-return]
+    return trace.input.meta["val"].device
 
 
 def _kept(trace: Trace, roles: Roles) -> list[fx.Node]:

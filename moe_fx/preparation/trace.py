@@ -81,7 +81,7 @@ def _state(module: nn.Module) -> dict[str, int]:
 class _Recorder(TorchDispatchMode):
     def __init__(self, module: nn.Module, x: torch.Tensor) -> None:
         super().__init__()
-        self.trace = Trace(fx.Graph(), None)  # type: ignore[arg-type]
+        self.trace = Trace(fx.Graph(), None)
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[torch.Tensor] = []  # ids stay unique while their tensors live
         self._recorded_at: dict[int, int] = {}
@@ -179,7 +179,7 @@ def _written(func: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
         return None
     if not writes[0] or any(writes[1:]):
         raise Miss(f"it writes to an argument that is not the first ({func})")
-    return args[0]  # type: ignore[no-any-return]
+    return args[0]
 
 
 def _functional(func: Any) -> Any:
@@ -215,12 +215,12 @@ def selected(node: fx.Node) -> tuple[fx.Node, int] | None:
     """``(source, index)`` when node is one element of source's first dimension, in any spelling."""
     if node.target is aten.select.int and arg(node, 1) == 0:
         index = constant_index(arg(node, 2))
-        return None if index is None else (node.args[0], index)  # type: ignore[return-value]
+        return None if index is None else (node.args[0], index)
     if node.target is operator.getitem:
         pieces, index = node.args
-        if pieces.target is aten.unbind.int and arg(pieces, 1) == 0:  # type: ignore[union-attr]
-            return pieces.args[0], index  # type: ignore[union-attr, return-value]
-    if node.target is aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
-        index = constant_index(node.args[1][0])  # type: ignore[index]
-        return None if index is None else (node.args[0], index)  # type: ignore[return-value]
+        if pieces.target is aten.unbind.int and arg(pieces, 1) == 0:
+            return pieces.args[0], index
+    if node.target is aten.index.Tensor and len(node.args[1]) == 1:
+        index = constant_index(node.args[1][0])
+        return None if index is None else (node.args[0], index)
     return None

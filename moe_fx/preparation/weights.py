@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from moe_fx.passes.core import Miss, require
 from moe_fx.passes.graph import ALIASES, CASTS, UNIT_DIMS, aten, dtype, is_op, rank
-from moe_fx.prepare.trace import selected
+from moe_fx.preparation.trace import selected
 
 _TRANSPOSES = (aten.t, aten.transpose, aten.permute, aten.mT, aten.numpy_T)
 
@@ -114,8 +114,6 @@ class ExpertStore:
             for parameter in expert.parameters():
                 require(id(parameter) not in seen, f"{name} shares a parameter with another expert")
                 seen.add(id(parameter))
-            hooked = any(m._forward_hooks or m._forward_pre_hooks for m in expert.modules())
-            require(not hooked, f"{name} has forward hooks, which a fused kernel would not call")
             own = dict(_signature(expert))
             for key in first | own:
                 (was, was_shown), (now, shown) = first.get(key, absent), own.get(key, absent)
@@ -163,8 +161,8 @@ def _swaps_matrix(node: fx.Node) -> bool:
     """Whether a transposition swaps exactly the last two dims."""
     n = rank(node)
     if is_op(node, aten.transpose):
-        return {node.args[1] % n, node.args[2] % n} == {n - 1, n - 2}  # type: ignore[operator]
+        return {node.args[1] % n, node.args[2] % n} == {n - 1, n - 2}
     if is_op(node, aten.permute):
-        order = [d % n for d in node.args[1]]  # type: ignore[union-attr, operator]
+        order = [d % n for d in node.args[1]]
         return order == [*range(n - 2), n - 1, n - 2]
     return n == 2 or is_op(node, aten.mT)

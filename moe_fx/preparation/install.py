@@ -18,9 +18,9 @@ from torch import nn
 
 from moe_fx.errors import MoeFxWarning
 from moe_fx.integrations.tracing import tracing_for_moe_ascend
-from moe_fx.prepare.program import Program
-from moe_fx.prepare.recognise import ExpertForm
-from moe_fx.prepare.weights import Slot
+from moe_fx.preparation.program import Program
+from moe_fx.preparation.recognise import ExpertForm
+from moe_fx.preparation.weights import Slot
 
 # The block's attribute that holds its Preparation; generated functions read the stacks from it.
 ATTRIBUTE = "_moe_fx"
@@ -98,7 +98,8 @@ class PreparedBlock(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles are of the unprepared class: their parameters have memory of their own."""
-        make, (cls, *rest), state, *others = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, (cls, *rest), state, *others = reduced
         state = {key: kept for key, kept in state.items() if key != ATTRIBUTE}
         hooks = state["_load_state_dict_post_hooks"]
         state["_load_state_dict_post_hooks"] = type(hooks)((k, h) for k, h in hooks.items() if h is not _after_load)
@@ -221,7 +222,7 @@ def _questions(block: nn.Module) -> tuple[Callable[[], bool], Callable[[], bool]
     """``ready`` and ``trainable``, which dynamo runs as they are while tracing and takes as constants."""
     reference = weakref.ref(block)
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @torch.compiler.assume_constant_result
     def ready() -> bool:
         current = reference()
         if current is not None and getattr(current, ATTRIBUTE).is_current(current):
@@ -234,7 +235,7 @@ def _questions(block: nn.Module) -> tuple[Callable[[], bool], Callable[[], bool]
         )
         return False
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    @torch.compiler.assume_constant_result
     def trainable() -> bool:
         current = reference()
         return current is not None and any(p.requires_grad for p in current.parameters())

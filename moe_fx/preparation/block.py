@@ -10,13 +10,13 @@ from torch import nn
 
 from moe_fx.lowering.ops import CANONICAL_OPS
 from moe_fx.passes.core import Miss, require
-from moe_fx.prepare.install import ATTRIBUTE, Preparation, install
-from moe_fx.prepare.program import Operands, Program, experts_attributes, write_program
-from moe_fx.prepare.recognise import ExpertForm, Roles, read_router, read_trace
-from moe_fx.prepare.report import PREPARED, BlockReport
-from moe_fx.prepare.trace import Trace, record
-from moe_fx.prepare.verify import compare, tolerance_of
-from moe_fx.prepare.weights import ExpertStore
+from moe_fx.preparation.install import ATTRIBUTE, Preparation, install
+from moe_fx.preparation.program import Operands, Program, experts_attributes, write_program
+from moe_fx.preparation.recognise import ExpertForm, Roles, read_router, read_trace
+from moe_fx.preparation.report import PREPARED, BlockReport
+from moe_fx.preparation.trace import Trace, record
+from moe_fx.preparation.verify import compare, tolerance_of
+from moe_fx.preparation.weights import ExpertStore
 
 # Leading sizes of the inputs that a block is executed on, per rank: primes, so that no product has two readings.
 _TRACED = {3: ((2, 7), (3, 5), (5, 11)), 2: ((13,), (17,), (29,))}
@@ -74,19 +74,19 @@ def prepare_block(path: str, block: nn.Module, store_path: str) -> BlockReport:
     programs = {rank: reading.program for rank, reading in readings.items()}
     preparation = Preparation(block, form, programs, lambda again: _renew(path, again, store_path))
     hit, error = _verify(block, store, form, preparation, readings)
-    roles = next(iter(readings.values())).roles[0]
-    router, router_reason = read_router(roles)
+    first = next(iter(readings.values())).roles[0]
+    router, router_reason = read_router(first)
     report = BlockReport(
         module=path,
         kind=type(block).__name__,
         status=PREPARED,
         form="stacked parameters" if form.gate.stacked else "module list",
         n_experts=store.n_experts,
-        top_k=roles.top_k,
+        top_k=first.top_k,
         act=str(form.attributes["act"]),
         router=router,
         router_reason=router_reason,
-        experts=experts_attributes(form, roles),
+        experts=experts_attributes(form, first),
         bytes_stacked=preparation.nbytes,
         experts_checked=len(hit),
         error=error,
@@ -112,7 +112,12 @@ def _require_plain(block: nn.Module, store: ExpertStore) -> None:
     tensors = [*block.parameters(), *block.buffers()]
     on_meta = any(t.device.type == "meta" for t in tensors)
     require(not on_meta, "its weights are on the meta device; load them before moe_fx.prepare")
-    require("forward" not in vars(block), "its forward was replaced on the instance (by offloading hooks, say)")
+    for name, module in block.named_modules():
+        # The block's own hooks run around the prepared forward, too.
+        hooked = name and (module._forward_hooks or module._forward_pre_hooks)
+        require(not hooked, f"{name} has forward hooks, which a fused block would not call")
+        where = f"{name}'s" if name else "its"
+        require("forward" not in vars(module), f"{where} forward was replaced on the instance (by offloading, say)")
     store.require_alike()
 
 
@@ -197,7 +202,7 @@ def _attribute(block: nn.Module, path: str) -> torch.Tensor:
     found = block
     for name in path.split("."):
         found = getattr(found, name)
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _enough_tokens(store: ExpertStore, top_k: int) -> int:

@@ -6,21 +6,7 @@ traceable function, ``verify`` compares the two, and ``install`` stacks the weig
 ``report`` tells what came of every block.
 """
 
-import sys
-import types
-from typing import Any
-
-from moe_fx.prepare.model import prepare
-from moe_fx.prepare.report import PrepareReport
+from moe_fx.preparation.model import prepare
+from moe_fx.preparation.report import PrepareReport
 
 __all__ = ["PrepareReport", "prepare"]
-
-
-class _CallableModule(types.ModuleType):
-    """Python binds an imported submodule in its package: ``moe_fx.prepare(model)`` must work through that, too."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> PrepareReport:
-        return prepare(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _CallableModule
