@@ -226,7 +226,7 @@ def _as_unbound_half(node: Any) -> tuple[fx.Node, str] | None:
     if not same(shape(source)[dim], 2) or not is_op(source, *RESHAPES):
         return None
     whole = source.args[0]
-    if rank(whole) != n - 1:
+    if rank(whole) != n - 1 or not same_shape(shape(whole)[:-1], shape(source)[: n - 2]):
         return None
     index = index % 2
     if dim == n - 1:

@@ -87,7 +87,7 @@ def experts(
             up = _linear(h, w3[e], None if b3 is None else b3[e], transposed)
         out = _linear(activate(gate, up, act, alpha, limit), w2[e], None if b2 is None else b2[e], transposed)
         pair_out[rows] = out * weight if weight_on == "output" else out.to(combine_dtype)
-    return pair_out.view(num_tokens, top_k, -1).sum(dim=1).to(out_dtype or x.dtype)
+    return pair_out.view(num_tokens, top_k, x.shape[1]).sum(dim=1).to(out_dtype or x.dtype)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
