@@ -116,7 +116,13 @@ def lower(gm: fx.GraphModule, report: GraphReport, dumper: GraphDumper) -> None:
     dumper.graph("lowered", gm.graph)
 
 
-_KIND_OF_OP = {"route": "router", "experts": "experts", "rms_norm": "norm", "add_rms_norm": "norm"}
+_KIND_OF_OP = {
+    "route": "router",
+    "experts_int8": "experts",
+    "experts_int4": "experts",
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+}
 
 
 def _called_by_the_model(graph: fx.Graph) -> list[Site]:

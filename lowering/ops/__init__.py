@@ -4,7 +4,7 @@ Importing this package registers every op under ``torch.ops.moe_fx``. ``CANONICA
 :class:`~moe_fx.lowering.ops.spec.CanonicalOp` (schema, reference, tolerance, input generator).
 """
 
-from moe_fx.lowering.ops import experts, norms, rope, route, swiglu
+from moe_fx.lowering.ops import experts, experts_quantized, norms, rope, route, swiglu
 from moe_fx.lowering.ops.spec import CanonicalOp, Tolerance
 
 CANONICAL_OPS: dict[str, CanonicalOp] = {
@@ -12,6 +12,8 @@ CANONICAL_OPS: dict[str, CanonicalOp] = {
     for op in (
         route.ROUTE,
         experts.EXPERTS,
+        experts_quantized.EXPERTS_INT8,
+        experts_quantized.EXPERTS_INT4,
         norms.RMS_NORM,
         norms.ADD_RMS_NORM,
         rope.QK_NORM_ROPE,

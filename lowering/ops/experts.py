@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -63,8 +63,32 @@ def experts(
     Each hit expert's weights are read once, for all its tokens: the arithmetic per expert is that of the eager loop in
     transformers' experts modules, the sum over k that of its ``grouped_mm`` form.
     """
+
+    def project(e: int, rows: torch.Tensor) -> torch.Tensor:
+        gate = _linear(rows, w13[e], None if b13 is None else b13[e], transposed)
+        if w3 is None:
+            gate, up = split_gate_up(gate, layout)
+        else:
+            up = _linear(rows, w3[e], None if b3 is None else b3[e], transposed)
+        return _linear(activate(gate, up, act, alpha, limit), w2[e], None if b2 is None else b2[e], transposed)
+
+    return run_experts(x, weights, ids, w13.shape[0], project, weight_on, out_dtype)
+
+
+def run_experts(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    n_experts: int,
+    project: Callable[[int, torch.Tensor], torch.Tensor],
+    weight_on: str = "output",
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Dispatch rows to ``project(expert, rows [n, H]) -> [n, H]``, one call per hit expert, and combine the results.
+
+    See ``experts`` for the other arguments and the arithmetic of the combination.
+    """
     num_tokens, top_k = ids.shape
-    n_experts = w13.shape[0]
     combine_dtype = torch.promote_types(x.dtype, weights.dtype)
     pair_expert, pair = torch.sort(ids.reshape(-1), stable=True)
     bounds = torch.searchsorted(
@@ -80,12 +104,7 @@ def experts(
         weight = flat_weights[rows].unsqueeze(-1)
         if weight_on == "input":
             h = (h * weight).to(x.dtype)
-        gate = _linear(h, w13[e], None if b13 is None else b13[e], transposed)
-        if w3 is None:
-            gate, up = split_gate_up(gate, layout)
-        else:
-            up = _linear(h, w3[e], None if b3 is None else b3[e], transposed)
-        out = _linear(activate(gate, up, act, alpha, limit), w2[e], None if b2 is None else b2[e], transposed)
+        out = project(e, h)
         pair_out[rows] = out * weight if weight_on == "output" else out.to(combine_dtype)
     return pair_out.view(num_tokens, top_k, x.shape[1]).sum(dim=1).to(out_dtype or x.dtype)
 
@@ -95,16 +114,10 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tr
     return y if bias is None else y + bias
 
 
-def _fake(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    *args: torch.Tensor | None,
-    out_dtype: torch.dtype | None = None,
-    **kwargs: object,
+def like_x(
+    x: torch.Tensor, *args: torch.Tensor | None, out_dtype: torch.dtype | None = None, **kwargs: object
 ) -> torch.Tensor:
+    """Shape and dtype of every experts op's result."""
     return torch.empty_like(x, dtype=out_dtype or x.dtype, memory_format=torch.contiguous_format)
 
 
@@ -151,5 +164,5 @@ EXPERTS = CanonicalOp(
         fp32=Tolerance(1e-4, 1e-4, 1e-5), half=Tolerance(2e-2, 1e-2, 4e-3), bf16=Tolerance(1e-1, 5e-2, 2e-2)
     ),
     samples=_samples,
-    fake=_fake,
+    fake=like_x,
 ).register()

@@ -51,7 +51,11 @@ BAD = {
     "level": ({"level": "fast"}, {}, "valid values: bitwise, tolerance"),
     "strict": ({"strict": "yes"}, {}, "option 'strict' is 'yes'; give True or False"),
     "check": ({"check": 1}, {}, "give True or False"),
-    "unknown pass": ({"passes": {"rooter": True}}, {}, "unknown pass 'rooter'; valid passes: drop_noops, merge_views, router"),
+    "unknown pass": (
+        {"passes": {"rooter": True}},
+        {},
+        "unknown pass 'rooter'; valid passes: drop_noops, merge_views, router",
+    ),
     "pass switch": ({"passes": {"router": "maybe"}}, {}, "sets pass 'router' to 'maybe'"),
     "passes kind": ({"passes": 3}, {}, "give a mapping from pass name"),
     "dump_dir": ({"dump_dir": 3}, {}, "give a directory path"),

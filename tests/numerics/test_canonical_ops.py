@@ -96,6 +96,8 @@ def test_fake_results_are_like_real_ones(name, dtype, sample):
 TOKEN_ARGUMENTS = dict(
     route=("logits",),
     experts=("x", "weights", "ids"),
+    experts_int8=("x", "weights", "ids"),
+    experts_int4=("x", "weights", "ids"),
     rms_norm=("x",),
     add_rms_norm=("x", "residual"),
     qk_norm_rope=("q", "k"),
@@ -217,7 +219,43 @@ def _experts64(
     return y
 
 
+def _experts_int8_64(x, weights, ids, w13, w13_scale, w2, w2_scale, *, dynamic_activations=False):
+    """W8A16 by widening the weights; W8A8 by rounding every row to its own 255 steps first."""
+    if not dynamic_activations:
+        return _experts64(x, weights, ids, w13.double() * w13_scale[..., None], w2.double() * w2_scale[..., None])
+
+    def rounded(row):
+        step = row.abs().max() / 127
+        return (row / step).round() * step
+
+    y = torch.zeros_like(x)
+    for token in range(ids.shape[0]):
+        for weight, e in zip(weights[token], ids[token].tolist(), strict=True):
+            gate, up = ((w13[e].double() * w13_scale[e][:, None]) @ rounded(x[token])).chunk(2)
+            h = gate / (1 + (-gate).exp()) * up
+            y[token] += (w2[e].double() * w2_scale[e][:, None]) @ rounded(h) * weight
+    return y
+
+
+def _experts_int4_64(x, weights, ids, w13, w13_scale, w2, w2_scale, w13_zero=None, w2_zero=None):
+    """Nibble by nibble."""
+
+    def widen(packed, scale, zero):
+        size = packed.shape[-1] * 2
+        group = size // scale.shape[-1]
+        columns = []
+        for i in range(size):
+            nibble = (packed[..., i // 2].int() >> (4 * (i % 2))) % 16
+            middle = 8 if zero is None else zero[..., i // group].int()
+            columns.append((nibble - middle).double() * scale[..., i // group])
+        return torch.stack(columns, -1)
+
+    return _experts64(x, weights, ids, widen(w13, w13_scale, w13_zero), widen(w2, w2_scale, w2_zero))
+
+
 IN_FLOAT64 = dict(
+    experts_int8=_experts_int8_64,
+    experts_int4=_experts_int4_64,
     rms_norm=_norm64,
     add_rms_norm=_add_norm64,
     qk_norm_rope=_qk_norm_rope64,
