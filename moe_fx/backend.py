@@ -69,6 +69,8 @@ def moe_ascend(
         report.capture_seconds = time.perf_counter() - start
         unfused = copy_graph_module(fused) if opts.check else None
         run_passes(fused, opts, report, dumper)
+        canonical = copy_graph_module(fused) if opts.check else None
+        lower(fused, report, dumper)
     except Exception as error:
         if opts.strict:
             raise
@@ -79,11 +81,8 @@ def moe_ascend(
 
     _account(report, opts)
     dumper.text("report.txt", _plain_report(report))
-    if unfused is not None:
-        canonical = copy_graph_module(fused)
-    lower(fused, report, dumper)
     compiled = finish(fused)
-    if unfused is not None:
+    if unfused is not None and canonical is not None:
         return checked(compiled, unfused, canonical, report, opts)
     return compiled
 

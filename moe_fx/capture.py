@@ -40,6 +40,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         CaptureError: PyTorch could not export the graph; its message is the cause.
     """
     gm = copy_graph_module(gm)
+    _refuse_autocast(gm)
     _specialize_floats(gm)
     _drop_grad_mode_switches(gm)
     fakes = _fake_inputs(gm, example_inputs)
@@ -102,6 +103,16 @@ def _replace_with_constant(node: fx.Node, constant: float) -> None:
         user.args, user.kwargs = fx.map_arg((user.args, user.kwargs), lambda n: constant if n is node else n)
     if not node.users:
         node.graph.erase_node(node)
+
+
+def _refuse_autocast(gm: fx.GraphModule) -> None:
+    """An autocast region inside the graph changes dtypes behind the nodes' backs; its graph runs as it is."""
+    for node in gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
+        enabled = node.args[2] if len(node.args) > 2 else node.kwargs.get("enabled", True)
+        if enabled:
+            raise CaptureError(
+                "the model enters an autocast region; put torch.autocast around the compiled call instead"
+            )
 
 
 def _drop_grad_mode_switches(gm: fx.GraphModule) -> None:

@@ -182,8 +182,8 @@ def _run_unfused(unfused: fx.GraphModule, args: list[Any]) -> dict[str, Any]:
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
             result = super().run_node(n)
-            # Later mutations of inputs (copy_) must not show in earlier values.
-            nodes[n.name] = result
+            # A copy: later mutations of inputs (copy_) must not show in earlier values.
+            nodes[n.name] = result.clone() if isinstance(result, torch.Tensor) else result
             return result
 
     inputs = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]

@@ -17,7 +17,7 @@ from torch import fx
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from moe_fx.lowering.ops import CANONICAL_OPS
-from moe_fx.passes.graph import describe, module_path, source_line, value
+from moe_fx.passes.graph import describe, module_path, same_shape, source_line, value
 
 
 class Level(str, enum.Enum):
@@ -108,7 +108,7 @@ class Pass(abc.ABC):
         return (inspect.getdoc(type(self)) or self.name).splitlines()[0]
 
     def identity(self) -> str:
-        """Hash of the source that defines this pass; part of every cache key."""
+        """Hash of the source that defines this pass, for cache keys."""
         module = sys.modules[type(self).__module__]
         try:
             source = inspect.getsource(module)
@@ -160,13 +160,21 @@ class MatchContext:
         with point:
             node = self.graph.call_function(target, tuple(args), kwargs)
         inherit_meta(node, like)
-        node.meta["val"] = _run_fake(node)
+        try:
+            node.meta["val"] = _run_fake(node)
+        except Exception:
+            self.graph.erase_node(node)
+            raise
         return node
 
     def emit_op(self, op: str, args: Sequence[Any], attributes: Mapping[str, Any], *, like: fx.Node) -> fx.Node:
         """Create a canonical op node; attributes that equal the schema's defaults are left out."""
         overload = CANONICAL_OPS[op].overload
-        return self.emit(overload, args, drop_defaults(overload, attributes), like=like)
+        try:
+            return self.emit(overload, args, drop_defaults(overload, attributes), like=like)
+        except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+            # The op's own shape inference refuses the arguments: the form was read wrongly, and stays as it was.
+            raise Miss(f"moe_fx.{op} does not take these arguments: {error}", like) from error
 
     def output_of(self, node: fx.Node, index: int) -> fx.Node:
         """``node[index]`` of a node with several results."""
@@ -177,10 +185,12 @@ class MatchContext:
         return item
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
-        """Let ``new`` stand for ``old`` everywhere; shapes and dtypes must agree, strides are made to."""
+        """Let ``new`` stand for ``old``: shapes and dtypes must agree (else :class:`Miss`), strides are made to."""
         was, now = value(old), value(new)
-        if was.dtype != now.dtype or was.dim() != now.dim():
-            raise AssertionError(f"{new.format_node()} is {now}, but {old.format_node()} was {was}")
+        if was.dtype != now.dtype or not same_shape(was.shape, now.shape):
+            raise Miss(
+                f"the fused op gives {now.dtype} {tuple(now.shape)}, the model {was.dtype} {tuple(was.shape)}", old
+            )
         if was.is_contiguous() and not now.is_contiguous():
             new = self.emit(torch.ops.aten.clone.default, (new,), {"memory_format": torch.contiguous_format}, like=old)
         old.replace_all_uses_with(new)

@@ -141,16 +141,6 @@ def peel(node: Any, *packets: Any) -> Any:
     return node
 
 
-def peel_casts(node: Any) -> Any:
-    """The first ancestor along argument 0 that is no dtype cast."""
-    return peel(node, *CASTS)
-
-
-def users(node: fx.Node) -> list[fx.Node]:
-    """Users in graph order."""
-    return sorted(node.users)
-
-
 def only_user(node: fx.Node) -> fx.Node | None:
     """The single user, or None."""
     return next(iter(node.users)) if len(node.users) == 1 else None

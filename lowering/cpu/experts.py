@@ -21,6 +21,8 @@ from moe_fx.lowering.ops.activation import activate, split_gate_up
 
 Linear = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
+# `gathered` accumulates in fp32.
+_GATHERED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # From this release on, the CPU kernel of `_grouped_mm` takes weights at any address.
 _GROUPED_MM_SINCE = (2, 11)
 
@@ -30,7 +32,7 @@ def choose(node: fx.Node) -> Callable[..., torch.Tensor] | None:
     x, _, ids, w13, w2 = (arg.meta["val"] for arg in node.args[:5])  # type: ignore[union-attr]
     n_experts = w13.shape[0]
     # So few pairs that, on average, no expert is read twice. An unknown number of tokens may be large.
-    if statically_known_true(ids.numel() <= n_experts):
+    if statically_known_true(ids.numel() <= n_experts) and x.dtype in _GATHERED_DTYPES:
         return gathered
     weights = [w13, w2, *(arg.meta["val"] for arg in node.args[7:8] if arg is not None)]  # type: ignore[union-attr]
     return grouped if all(_fits_grouped_mm(x, w) for w in weights) else None

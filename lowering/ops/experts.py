@@ -117,7 +117,14 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tr
 def like_x(
     x: torch.Tensor, *args: torch.Tensor | None, out_dtype: torch.dtype | None = None, **kwargs: object
 ) -> torch.Tensor:
-    """Shape and dtype of every experts op's result."""
+    """Shape and dtype of every experts op's result; refuses operands that do not belong together."""
+    weights, ids = args[0], args[1]
+    torch._check(x.dim() == 2, lambda: f"x must be [T, H], not {tuple(x.shape)}")
+    assert weights is not None and ids is not None
+    torch._check(weights.dim() == ids.dim() == 2, lambda: "weights and ids must be [T, k]")
+    for axis in (0, 1):
+        torch._check(weights.shape[axis] == ids.shape[axis], lambda: "weights and ids must have one shape")
+    torch._check(ids.shape[0] == x.shape[0], lambda: "ids and x must count the same tokens")
     return torch.empty_like(x, dtype=out_dtype or x.dtype, memory_format=torch.contiguous_format)
 
 
@@ -154,6 +161,43 @@ def _samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[Sample]:
             yield Sample(f"{name}-T{tokens}", tuple(args), case)
 
 
+def _fake(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    b13: torch.Tensor | None = None,
+    b2: torch.Tensor | None = None,
+    w3: torch.Tensor | None = None,
+    b3: torch.Tensor | None = None,
+    *,
+    layout: str = "gate_up",
+    transposed: bool = False,
+    out_dtype: torch.dtype | None = None,
+    **attributes: object,
+) -> torch.Tensor:
+    """Shape and dtype of the result, after checking every operand against the op's docstring."""
+    n_experts, hidden = w13.shape[0], x.shape[1]
+    inter = w2.shape[1] if transposed else w2.shape[2]
+    rows = inter if layout in ("split", "none") else 2 * inter
+
+    def check(name: str, tensor: torch.Tensor | None, *expected: int) -> None:
+        if tensor is not None:
+            fits = tensor.dim() == len(expected) and all(a == b for a, b in zip(tensor.shape, expected, strict=True))
+            torch._check(fits, lambda: f"{name} must be {list(expected)}, not {tuple(tensor.shape)}")
+            torch._check(tensor.dtype == x.dtype, lambda: f"{name} is {tensor.dtype}, but x is {x.dtype}")
+
+    up_shape = (n_experts, hidden, rows) if transposed else (n_experts, rows, hidden)
+    check("w13", w13, *up_shape)
+    check("w3", w3, *up_shape)
+    check("w2", w2, *((n_experts, inter, hidden) if transposed else (n_experts, hidden, inter)))
+    check("b13", b13, n_experts, rows)
+    check("b3", b3, n_experts, rows)
+    check("b2", b2, n_experts, hidden)
+    return like_x(x, weights, ids, out_dtype=out_dtype)
+
+
 EXPERTS = CanonicalOp(
     name="experts",
     schema=SCHEMA,
@@ -164,5 +208,5 @@ EXPERTS = CanonicalOp(
         fp32=Tolerance(1e-4, 1e-4, 1e-5), half=Tolerance(2e-2, 1e-2, 4e-3), bf16=Tolerance(1e-1, 5e-2, 2e-2)
     ),
     samples=_samples,
-    fake=like_x,
+    fake=_fake,
 ).register()

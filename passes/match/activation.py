@@ -5,11 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from moe_fx.passes.core import Miss
-from moe_fx.passes.graph import ALIASES, CASTS, UNIT_DIMS, arg, as_half, aten, is_op, number, peel
+from moe_fx.passes.graph import ALIASES, CASTS, UNIT_DIMS, arg, as_half, aten, dtype, is_op, number, peel
 
+_ELEMENTWISE = (
+    *(aten.mul, aten.add, aten.silu, aten.gelu, aten.relu, aten.sigmoid, aten.square, aten.pow),
+    *(aten.clamp, aten.clamp_min, aten.clamp_max, aten.hardtanh),
+    *CASTS,
+    *ALIASES,
+    *UNIT_DIMS,
+)
 _UNARY = {aten.silu: "silu", aten.relu: "relu"}
 _LAYOUTS = {("first", "second"): "gate_up", ("second", "first"): "up_gate", ("even", "odd"): "interleaved"}
 
@@ -43,6 +51,7 @@ class Activation:
 
 def read_activation(node: fx.Node) -> Activation:
     """Read the activation whose result is ``node``; :class:`Miss` names what does not fit."""
+    _require_no_narrowing(node)
     node = _plain(node)
     if is_op(node, aten.mul) and isinstance(node.args[1], fx.Node):
         if _plain(node.args[0]) is _plain(node.args[1]):
@@ -69,7 +78,7 @@ def _gated(gated: fx.Node, up: fx.Node) -> Activation | None:
     gate = _read_gate(gated)
     if gate is None:
         return None
-    shifted = is_op(up, aten.add) and number(arg(up, 1)) == 1
+    shifted = is_op(up, aten.add) and number(arg(up, 1)) == 1 and number(up.kwargs.get("alpha", 1)) == 1
     up_source = _plain(up.args[0]) if shifted else up
     up_source, low, high = _read_clamp(up_source)
     act = gate.act
@@ -161,17 +170,34 @@ def _read_scaled_silu(node: fx.Node) -> tuple[fx.Node, float] | None:
 
 def _read_clamp(node: fx.Node) -> tuple[fx.Node, float | None, float | None]:
     """``(x, low, high)`` of a clamp, or ``(node, None, None)``."""
-    if is_op(node, aten.clamp, aten.hardtanh):
-        return _plain(node.args[0]), number(arg(node, 1)), number(arg(node, 2))
-    if is_op(node, aten.clamp_max):
-        inner, low, high = _read_clamp(_plain(node.args[0]))
-        return inner, low, number(arg(node, 1)) if high is None else high
-    if is_op(node, aten.clamp_min):
-        inner, low, high = _read_clamp(_plain(node.args[0]))
-        return inner, number(arg(node, 1)) if low is None else low, high
-    return node, None, None
+    low, high = None, None
+    while is_op(node, aten.clamp, aten.hardtanh, aten.clamp_max, aten.clamp_min):
+        bounds = (arg(node, 1), arg(node, 2)) if is_op(node, aten.clamp, aten.hardtanh) else (arg(node, 1), None)
+        if is_op(node, aten.clamp_max):
+            bounds = (None, bounds[0])
+        if low is not None or high is not None:
+            raise Miss("a factor is clamped twice", node)
+        if any(bound is not None and number(bound) is None for bound in bounds):
+            raise Miss("a clamp's bound is not a constant", node)
+        low, high = (None if bound is None else number(bound) for bound in bounds)
+        node = _plain(node.args[0])
+    return node, low, high
+
+
+def _require_no_narrowing(result: fx.Node, depth: int = 12) -> None:
+    """Casts within the activation go to the result's own dtype or to fp32: nothing is rounded on the way."""
+    allowed = {dtype(result), torch.float32, torch.float64}
+    frontier = [result]
+    for _ in range(depth):
+        parents = [p for n in frontier for p in n.all_input_nodes if is_op(n, *_ELEMENTWISE)]
+        for parent in parents:
+            if is_op(parent, *CASTS) and dtype(parent) not in allowed:
+                raise Miss(f"the activation is cast to {dtype(parent)} on the way", parent)
+        frontier = [p for p in parents if is_op(p, *_ELEMENTWISE)]
+        if not frontier:
+            break
 
 
 def _plain(node: Any) -> Any:
-    """Without casts: activations are computed in the model's dtype or wider, which the op's tolerance covers."""
+    """Without the casts that ``_require_no_narrowing`` admits; computing wider is within the op's tolerance."""
     return peel(node, *CASTS, *ALIASES, *UNIT_DIMS)

@@ -13,8 +13,10 @@ and of one expert's column of it::
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
+import torch
 from torch import fx
 
 from moe_fx.passes.core import MatchContext
@@ -107,7 +109,12 @@ def apply_late_score(ctx: MatchContext, routing: Routing, like: fx.Node) -> fx.N
 
 def _read_scatter(node: Any, fill: float) -> Routing | None:
     node = peel(node, *CASTS, *ALIASES)
-    if not is_op(node, aten.scatter, aten.scatter_add) or rank(node) != 2:
+    if not is_op(node, aten.scatter.src, aten.scatter_add.default) or rank(node) != 2:
+        return None
+    if is_op(node, aten.scatter_add) and fill != 0:
+        return None
+    # A repeated id is overwritten by scatter, but added up by the op: only a selection has none.
+    if is_op(node, aten.scatter) and not _is_selection(arg(node, 2)):
         return None
     bound = bind(node)
     into, weights = peel(bound["self"], *CASTS, *ALIASES), bound.get("src")
@@ -118,6 +125,12 @@ def _read_scatter(node: Any, fill: float) -> Routing | None:
     if not is_last_dim(bound["dim"], node) or not same_shape(shape(weights), shape(bound["index"])):
         return None
     return weights, bound["index"], None
+
+
+def _is_selection(ids: Any) -> bool:
+    """Whether ids are the distinct picks of a top-k (or of the canonical route)."""
+    ids = peel(ids, *CASTS, *ALIASES)
+    return is_op(ids, operator.getitem) and is_op(ids.args[0], aten.topk, torch.ops.moe_fx.route)
 
 
 def _read_one_hot_sum(node: fx.Node) -> Routing | None:

@@ -21,6 +21,7 @@ from moe_fx.passes.graph import (
     aten,
     dtype,
     is_op,
+    number,
     only_user,
     peel,
     rank,
@@ -43,6 +44,7 @@ class ExpertMatmul:
         ids: the [T, k] expert ids that steer it.
         bias: [E, out] or None.
         form: ``grouped_mm``, ``batched_mm`` or ``einsum``.
+        clamped: ids that are no expert's were clamped into range to gather the weight.
     """
 
     node: fx.Node
@@ -53,6 +55,7 @@ class ExpertMatmul:
     ids: fx.Node
     form: str
     bias: fx.Node | None = None
+    clamped: bool = False
 
 
 def is_expert_matmul(node: fx.Node) -> bool:
@@ -165,12 +168,10 @@ def _read_batched(node: fx.Node, space: PairSpace) -> ExpertMatmul:
     weight, index, swapped = gathered
     require(dtype(node) == dtype(weight), "expert weights are cast after they were gathered", node)
     unit = rank(node) - 1 if weight_left else rank(node) - 2
-    unsqueezed = peel(rows, *ALIASES, *CASTS)
+    unsqueezed = peel(rows, *ALIASES)
     is_vector = is_op(unsqueezed, aten.unsqueeze, aten.view, aten.reshape) and shape(unsqueezed)[unit] == 1
     require(is_vector, "an expert matmul multiplies more than one row per pair", node)
     vector = unsqueezed.args[0]
-    if is_op(vector, aten.unsqueeze) and rank(vector) == rank(node) - 1 and rank(node) == 4:
-        vector = vector.args[0]  # x[:, None, :, None]: broadcast over the slots
     squeezed = only_user(node)
     require(
         is_op(squeezed, aten.squeeze, aten.view, aten.reshape) and rank(squeezed) == rank(node) - 1,
@@ -188,6 +189,7 @@ def _read_batched(node: fx.Node, space: PairSpace) -> ExpertMatmul:
         stored_in_out if transposed else not stored_in_out,
         _ids_of(index, space),
         "batched_mm",
+        clamped=(pairs := space.pairs(index)) is not None and pairs.sentinels == "clamped",
     )
 
 
@@ -226,15 +228,20 @@ def _with_bias(read: ExpertMatmul, space: PairSpace) -> ExpertMatmul:
     user = only_user(out)
     while user is not None and is_op(user, *UNIT_DIMS, *ALIASES) and same_shape(shape(user), shape(out)):
         out, user = user, only_user(user)
-    if not is_op(user, aten.add):
+    if not is_op(user, aten.add) or number(user.kwargs.get("alpha", 1)) != 1:
         return read
     assert user is not None
     other = user.args[1] if user.args[0] is out else user.args[0]
-    gathered = peel(other, *ALIASES, *CASTS)
+    gathered = peel(other, *ALIASES)
     if not is_op(gathered, aten.index, aten.index_select) or rank(gathered.args[0]) != 2:
         return read
     index = gathered.args[1][0] if is_op(gathered, aten.index) else arg(gathered, 2)
     pairs = space.pairs(index)
     ids = pairs.root if pairs is not None else peel(index, *CASTS, *ALIASES)
     require(ids is read.ids, "an expert bias is gathered by other ids than its weight", gathered)
+    if pairs is not None and read.form != "grouped_mm":
+        require(pairs.order == TOKEN_MAJOR, "an expert bias is gathered in another order than its weight", gathered)
+    elif pairs is not None:
+        rows = space.rows(read.rows)
+        require(rows is None or rows.order == pairs.order, "an expert bias is in another order than the rows", gathered)
     return replace(read, out=user, bias=gathered.args[0])

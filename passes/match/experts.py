@@ -45,6 +45,7 @@ from moe_fx.passes.graph import (
     peel,
     rank,
     same,
+    same_shape,
     shape,
     sources,
 )
@@ -60,7 +61,7 @@ class ExpertsPass(Pass):
     level = Level.TOLERANCE
 
     def run(self, ctx: MatchContext) -> None:
-        space = PairSpace()
+        space = PairSpace(_expert_counts(ctx.graph))
         read: dict[fx.Node, ExpertMatmul] = {}
         failed: dict[fx.Node, Miss] = {}
         for node in list(ctx.graph.nodes):
@@ -118,6 +119,12 @@ class _Experts:
     result: fx.Node
 
 
+def _expert_counts(graph: fx.Graph) -> set[int]:
+    """First sizes of the graph's 3-D inputs: every number of experts that a weight in it can have."""
+    sizes = [shape(n)[0] for n in graph.find_nodes(op="placeholder") if rank(n) == 3]
+    return {size for size in sizes if isinstance(size, int)}
+
+
 def _feeders(node: fx.Node, read: dict[fx.Node, ExpertMatmul], failed: dict[fx.Node, Miss]) -> list[fx.Node]:
     """Expert matmuls whose products reach ``node``'s rows through elementwise ops."""
 
@@ -144,6 +151,9 @@ def _read_site(space: PairSpace, down: ExpertMatmul, ups: list[ExpertMatmul]) ->
     require(down.transposed == gate.transposed, "gate/up and down weights are stored in different layouts", down.node)
     require(order.ids in (None, gate.ids), "rows are sorted by other ids than the grouped matmul's", gate.node)
     result, weights_out = _read_combine(space, down, order, shape(gate.ids)[1])
+    clamped = any(matmul.clamped for matmul in (*ups, down))
+    zeroed = clamped and any(_fills_sentinels(n, space) for n in sources(result, lambda n: n is gate.node))
+    require(not clamped or zeroed, "ids are clamped into range, but what they select is not zeroed", down.node)
     require(
         (weights_in is None) != (weights_out is None),
         "no routing weights are applied" if weights_in is None else "routing weights are applied twice",
@@ -152,6 +162,7 @@ def _read_site(space: PairSpace, down: ExpertMatmul, ups: list[ExpertMatmul]) ->
     applied = weights_in or weights_out
     assert applied is not None
     weights, cast = applied
+    require(same_shape(shape(weights), shape(gate.ids)), "routing weights and expert ids differ in shape", result)
     require(same(shape(rows.x)[0], shape(gate.ids)[0]), "rows and expert ids count different tokens", gate.node)
     ordered = (gate,) if up is None else (gate, up)
     where = "output" if weights_in is None else "input"
@@ -184,10 +195,15 @@ def _assign(
 
 
 def _skip_fills(node: Any, space: PairSpace) -> Any:
-    """Through fills of sentinel rows: the op skips them by their ids."""
-    while is_op(node, *ALIASES) or (is_op(node, aten.masked_fill) and space.out_of_range(node.args[1]) is not None):
+    """Through zero fills of sentinel rows: the op skips them by their ids."""
+    while is_op(node, *ALIASES) or _fills_sentinels(node, space):
         node = node.args[0]
     return node
+
+
+def _fills_sentinels(node: Any, space: PairSpace) -> bool:
+    mask = space.out_of_range(node.args[1]) if is_op(node, aten.masked_fill) else None
+    return mask is not None and space.fills_sentinels(node, mask.order)
 
 
 def _read_rows(matmul: ExpertMatmul, space: PairSpace) -> tuple[Rows, tuple[fx.Node, torch.dtype | None] | None]:
@@ -201,9 +217,8 @@ def _read_rows(matmul: ExpertMatmul, space: PairSpace) -> tuple[Rows, tuple[fx.N
                 break
     top_k = shape(matmul.ids)[1]
     if rank(matmul.out) == 3 or matmul.form == "einsum":
-        x = peel(node, aten.expand, *UNIT_DIMS, *ALIASES)
-        require(rank(x) == 2, "gathered experts multiply rows that are not [T, H]", matmul.node)
-        return Rows(x, TOKEN_MAJOR, top_k), None
+        x = _broadcast_over_slots(node)
+        return Rows(x, TOKEN_MAJOR, top_k), weights and weights[:2]
     found = space.rows(node)
     if found is None:
         raise Miss("the expert matmul's rows are not tokens repeated per selected expert", node)
@@ -215,6 +230,16 @@ def _read_rows(matmul: ExpertMatmul, space: PairSpace) -> tuple[Rows, tuple[fx.N
     root, cast, order = weights
     require(order in (None, found.order), "weights and rows are in different orders", node)
     return found, (root, cast)
+
+
+def _broadcast_over_slots(node: fx.Node) -> fx.Node:
+    """x [T, H] of ``x``, ``x[:, None]`` or its expansion to [T, k, H]."""
+    x = peel(node, aten.expand, *ALIASES)
+    if is_op(x, aten.unsqueeze) and rank(x) == 3:
+        require(arg(x, 1) % 3 == 1, "rows are broadcast over another dimension than the slots", x)
+        x = x.args[0]
+    require(rank(x) == 2, "gathered experts multiply rows that are not [T, H]", node)
+    return x
 
 
 def _read_weights(node: Any, space: PairSpace) -> tuple[fx.Node, torch.dtype | None, Order | None] | None:
@@ -243,8 +268,11 @@ def _read_combine(
         user = only_user(node)
         if user is None:
             raise Miss(f"the product has {len(node.users)} consumers before the sum over experts", node)
-        sentinel = is_op(user, aten.masked_fill) and space.out_of_range(user.args[1]) is not None
-        if sentinel or is_op(user, *ALIASES, *UNIT_DIMS, *CASTS):
+        if is_op(user, *ALIASES, *UNIT_DIMS) or space.fills_sentinels(user, order):
+            node = user
+        elif is_op(user, *CASTS):
+            wide = dtype(user) in (dtype(down.out), torch.float32, torch.float64)
+            require(wide, f"the experts' results are cast to {dtype(user)} before they are summed", user)
             node = user
         elif is_op(user, aten.mul) and weights is None:
             factor = user.args[1] if user.args[0] is node else user.args[0]
@@ -267,7 +295,7 @@ def _read_combine(
         elif _undoes_by_writing(space, user, node, order):
             node, order = user, TOKEN_MAJOR
         elif is_op(user, aten.index_add, aten.scatter_add, aten.index_put):
-            return _read_scatter(space, user, node, order), weights
+            return _read_scatter(space, user, node, order, top_k), weights
         elif is_op(user, aten.einsum, aten.bmm, aten.matmul):
             return _read_contraction(user, node, order, weights)
         else:
@@ -294,7 +322,7 @@ def _after_sum(user: fx.Node, summed: fx.Node, order: Order, top_k: Any) -> fx.N
     return _absorb_cast(user)
 
 
-def _read_scatter(space: PairSpace, user: fx.Node, rows: fx.Node, order: Order) -> fx.Node:
+def _read_scatter(space: PairSpace, user: fx.Node, rows: fx.Node, order: Order, top_k: Any) -> fx.Node:
     """``zeros.index_add(0, tokens, rows)`` and its scatter_add and accumulating index_put spellings."""
     if is_op(user, aten.index_put):
         into, index, accumulates = user.args[0], user.args[1][0], bool(arg(user, 3))
@@ -304,7 +332,9 @@ def _read_scatter(space: PairSpace, user: fx.Node, rows: fx.Node, order: Order) 
         accumulates = arg(user, 1) == 0
     require(accumulates and source is rows, "rows are not added up over tokens", user)
     tokens = space.tokens(peel(index, aten.expand, aten.repeat, *UNIT_DIMS, *RESHAPES))
-    require(tokens is not None and tokens.order == order, "rows are added to other tokens than they came from", user)
+    own = tokens is not None and tokens.order == order and same(tokens.top_k, top_k)
+    require(own, "rows are added to other tokens than they came from", user)
+    require(number(user.kwargs.get("alpha", 1)) == 1, "rows are scaled as they are added up", user)
     if number(into) != 0 and not is_op(into, aten.zeros, aten.zeros_like, aten.new_zeros):
         raise Miss("rows are added onto something other than zeros", user)
     return _absorb_cast(user)

@@ -31,6 +31,7 @@ from moe_fx.passes.graph import (
     describe,
     dtype,
     is_op,
+    number,
     only_user,
     peel,
     rank,
@@ -103,7 +104,11 @@ def _read_product(node: fx.Node) -> _Product | None:
         stored, transposed = _stored(weight)
         if stored is None or not isinstance(rows, fx.Node):
             return None
-        bias = _expert_bias(node.args[0]) if is_op(node, aten.baddbmm) else None
+        bias = None
+        if is_op(node, aten.baddbmm):
+            bias = _expert_bias(node.args[0])
+            if bias is None or not (number(node.kwargs.get("beta", 1)) == number(node.kwargs.get("alpha", 1)) == 1):
+                return None
         product = _Product(node, node, rows, stored, transposed, 0, bias)
     elif is_op(node, aten.einsum) and rank(node) == 3:
         read = _read_einsum(node)
@@ -160,14 +165,15 @@ def _with_bias(product: _Product) -> _Product:
     assert user is not None
     other = user.args[1] if user.args[0] is product.node else user.args[0]
     bias = _expert_bias(other)
-    if bias is None or product.expert_axis != 0:
+    scaled = number(user.kwargs.get("alpha", 1)) != 1
+    if bias is None or product.expert_axis != 0 or product.bias is not None or scaled:
         return product
     return _Product(product.node, user, product.rows, product.weight, product.transposed, 0, bias)
 
 
 def _expert_bias(node: Any) -> fx.Node | None:
     """[E, N] of ``bias[:, None, :]``."""
-    base = peel(node, aten.unsqueeze, aten.expand, *RESHAPES, aten.slice)
+    base = peel(node, aten.unsqueeze, aten.expand, *RESHAPES)
     if isinstance(base, fx.Node) and base.op == "placeholder" and rank(base) == 2 and rank(node) == 3:
         return base if same(shape(node)[1], 1) and same(shape(node)[0], shape(base)[0]) else None
     return None
@@ -217,13 +223,14 @@ def _read_rows(product: _Product) -> tuple[fx.Node, Routing | None]:
     node = peel(node, *RESHAPES, *ALIASES)
     if is_op(node, aten.mul):
         for rows, factor in (node.args, reversed(node.args)):
-            routing = _read_table(factor)
+            routing = _read_table(factor, product.expert_axis)
             if routing is not None:
                 node = rows
                 break
     x = node
     while is_op(x, *spread) and not (rank(x) == 2 and same(shape(x)[0], _tokens(product))):
         x = x.args[0]
+    require(rank(x) != 2 or same(shape(x)[1], shape(product.rows)[-1]), "experts read different rows", product.node)
     require(
         rank(x) == 2 and same(shape(x)[0], _tokens(product)), "rows are not all tokens for every expert", product.node
     )
@@ -234,12 +241,15 @@ def _tokens(product: _Product) -> Any:
     return shape(product.node)[1 - product.expert_axis]
 
 
-def _read_table(node: Any) -> Routing | None:
-    """Routing of a factor that broadcasts a [T, E] table, or its transpose, over the last dimension."""
+def _read_table(node: Any, expert_axis: int) -> Routing | None:
+    """Routing of a factor that broadcasts a [T, E] table over the last dimension, transposed when experts lead."""
+    if not isinstance(node, fx.Node) or not same(shape(node)[-1], 1):
+        return None
     node = peel(node, *UNIT_DIMS, *RESHAPES, *ALIASES, *CASTS)
-    if is_op(node, aten.t, aten.transpose, aten.permute) and rank(node) == 2:
-        node = node.args[0]
-    return read_dense_table(node)
+    transposed = is_op(node, aten.t, aten.transpose, aten.permute) and rank(node) == 2
+    if transposed != (expert_axis == 0):
+        return None
+    return read_dense_table(node.args[0] if transposed else node)
 
 
 def _read_combine(down: _Product) -> tuple[fx.Node, Routing | None]:
@@ -250,7 +260,7 @@ def _read_combine(down: _Product) -> tuple[fx.Node, Routing | None]:
             raise Miss(f"the product has {len(node.users)} consumers before the sum over experts", node)
         if is_op(user, aten.mul) and routing is None:
             factor = user.args[1] if user.args[0] is node else user.args[0]
-            routing = _read_table(factor)
+            routing = _read_table(factor, down.expert_axis)
             if routing is None:
                 raise Miss("the product is multiplied by something other than a scattered routing table", user)
         elif is_op(user, aten.sum):

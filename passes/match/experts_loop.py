@@ -269,6 +269,7 @@ def _read_rows(node: fx.Node, tokens: fx.Node | None) -> fx.Node:
     require(is_op(rows, aten.index), "an expert's rows are not gathered tokens", node)
     indices = [i for i in rows.args[1] if i is not None]
     require(indices == [tokens], "an expert's rows are other tokens than its weight's", rows)
+    require(list(rows.args[1]).index(tokens) == rank(rows.args[0]) - 2, "an expert's rows are not rows of x", rows)
     return peel(rows.args[0], *UNIT_DIMS, *ALIASES)
 
 

@@ -8,7 +8,7 @@ a matter of which facts meet at a matmul. Facts are derived on demand and memois
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,11 +52,15 @@ TOKEN_MAJOR = Order()
 
 @dataclass(frozen=True)
 class Pairs:
-    """One value per pair: ``root`` [T, k] read in ``order``; ``cast`` is a dtype applied on the way."""
+    """One value per pair: ``root`` [T, k] read in ``order``; ``cast`` is a dtype applied on the way.
+
+    ``sentinels`` says what became of ids that are no expert's: ids ``clamped`` into range, weights ``zeroed``.
+    """
 
     root: fx.Node
     order: Order
     cast: torch.dtype | None = None
+    sentinels: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,14 @@ Fact = Pairs | Permutation | Tokens | Rows | Counts | OutOfRange
 
 
 class PairSpace:
-    """Facts about the nodes of one graph."""
+    """Facts about the nodes of one graph.
 
-    def __init__(self) -> None:
+    Args:
+        expert_counts: first sizes of the graph's expert weights; a sentinel is an id of one of these sizes or more.
+    """
+
+    def __init__(self, expert_counts: Collection[int]) -> None:
+        self._expert_counts = frozenset(expert_counts)
         self._facts: dict[tuple[fx.Node, str], Fact | None] = {}
 
     def pairs(self, node: Any) -> Pairs | None:
@@ -150,8 +159,11 @@ class PairSpace:
             inner = self.pairs(node.args[0])
             if inner is None:
                 return None
-            keeps = not dtype(node).is_floating_point  # Width of an index is no change of value.
-            return Pairs(inner.root, inner.order, inner.cast if keeps else dtype(node))
+            if not dtype(inner.root).is_floating_point:
+                # The width of an index is no change of value, as long as every expert fits.
+                wide = dtype(node) in (torch.int32, torch.int64, torch.float32, torch.float64)
+                return inner if wide else None
+            return replace(inner, cast=dtype(node))
         if is_op(node, *RESHAPES, aten.unsqueeze, aten.squeeze, *ALIASES):
             source = node.args[0]
             if rank(source) == 2 and rank(node) in (1, 2) and numel_is(node, value(source).numel()):
@@ -169,21 +181,33 @@ class PairSpace:
             if permutation is None or pairs is None:
                 return None
             if not permutation.inverse and pairs.order == TOKEN_MAJOR:
-                return Pairs(pairs.root, permutation.order, pairs.cast)
+                return replace(pairs, order=permutation.order)
             if permutation.inverse and pairs.order == permutation.order:
-                return Pairs(pairs.root, TOKEN_MAJOR, pairs.cast)
+                return replace(pairs, order=TOKEN_MAJOR)
             return None
         sorted_from = _result_of(node, 0, aten.sort)
         if sorted_from is not None and _ascending(sorted_from):
             order = self._sort_order(sorted_from)
             return None if order is None or order.ids is None else Pairs(order.ids, order)
-        if is_op(node, aten.clamp, aten.clamp_max, aten.masked_fill):
-            # Clamped sentinels stay sentinels for the op: it skips ids that are no expert.
+        if is_op(node, aten.masked_fill):
             inner = self.pairs(node.args[0])
-            integral = not dtype(node).is_floating_point
-            masked = is_op(node, aten.masked_fill) and self.out_of_range(node.args[1]) is not None
-            return inner if inner is not None and (integral or masked) else None
+            filled = inner is not None and self.fills_sentinels(node, inner.order)
+            return replace(inner, sentinels="zeroed") if filled else None
+        if is_op(node, aten.clamp, aten.clamp_max):
+            inner = self.pairs(node.args[0])
+            if inner is None or dtype(inner.root).is_floating_point:
+                return None
+            low, high = (arg(node, 1), arg(node, 2)) if is_op(node, aten.clamp) else (None, arg(node, 1))
+            keeps = (low is None or number(low) in (0, -1)) and number(high) is not None
+            return replace(inner, sentinels="clamped") if keeps and number(high) + 1 in self._expert_counts else None
         return None
+
+    def fills_sentinels(self, node: Any, order: Order) -> bool:
+        """Whether ``node`` zeroes exactly the sentinel rows of a tensor in ``order``."""
+        if not is_op(node, aten.masked_fill) or number(node.args[2]) != 0:
+            return False
+        mask = self.out_of_range(node.args[1])
+        return mask is not None and mask.order == order
 
     # -- permutations --------------------------------------------------------------------------------------------------
 
@@ -205,7 +229,7 @@ class PairSpace:
         else:
             return None
         permutation = self.permutation(key)
-        counts_up = is_op(peel(filled, *CASTS, *ALIASES), aten.arange)
+        counts_up = _counts_from_zero(filled) and not (is_op(node, aten.index_put) and arg(node, 3))
         if permutation is not None and not permutation.inverse and counts_up and numel_is(node, value(key).numel()):
             return Permutation(permutation.order, inverse=True)
         return None
@@ -230,11 +254,11 @@ class PairSpace:
                 assert permutation.order.ids is not None
                 if same(divisor, shape(permutation.order.ids)[1]):
                     return Tokens(permutation.order, divisor)
-            if is_op(peel(node.args[0], *CASTS), aten.arange):
+            if _counts_from_zero(node.args[0]):
                 return Tokens(TOKEN_MAJOR, divisor)
             return None
         repeated = self._repeated(node)
-        if repeated is not None and is_op(peel(repeated[0], *CASTS), aten.arange):
+        if repeated is not None and _counts_from_zero(repeated[0]):
             return Tokens(TOKEN_MAJOR, repeated[1])
         if is_op(node, aten.index, aten.index_select):
             base, index = _single_index(node)
@@ -249,8 +273,9 @@ class PairSpace:
         if is_op(node, *CASTS):
             inner = self.rows(node.args[0])
             return None if inner is None else replace(inner, cast=dtype(node))
-        if is_op(node, aten.masked_fill) and self.out_of_range(node.args[1]) is not None:
-            return self.rows(node.args[0])
+        if is_op(node, aten.masked_fill):
+            inner = self.rows(node.args[0])
+            return inner if inner is not None and self.fills_sentinels(node, inner.order) else None
         repeated = self._repeated(node)
         if repeated is not None:
             return Rows(repeated[0], TOKEN_MAJOR, repeated[1])
@@ -298,26 +323,29 @@ class PairSpace:
             full_range = number(bound["min"]) == 0 and number(bound["max"]) == number(bound["bins"] - 1)
             return self._counts_of(bound["self"]) if full_range else None
         if is_op(node, aten.bincount):
-            return self._counts_of(node.args[0])
+            return self._counts_of(node.args[0]) if arg(node, 1) is None else None
         if is_op(node, aten.sum):
             hot = peel(node.args[0], *CASTS, *RESHAPES)
             if is_op(hot, aten.one_hot):
                 ids = peel(hot.args[0], *CASTS)
-                counts = self._counts_of(ids)
-                if counts is None and rank(ids) == 2 and rank(node) == 1:
-                    return Counts(ids)
-                return counts
+                if rank(node) != 1 or not same(shape(node)[0], shape(hot)[-1]):
+                    return None
+                dims = arg(node, 1)
+                over_pairs = isinstance(dims, (list, tuple)) and sorted(d % rank(hot) for d in dims) == list(
+                    range(rank(node.args[0]) - 1)
+                )
+                if not over_pairs or rank(node.args[0]) != rank(hot):
+                    return None
+                return Counts(ids) if rank(ids) == 2 else self._counts_of(ids)
         if is_op(node, aten.scatter_add):
-            return self._counts_of(arg(node, 2))
+            into, ones = peel(node.args[0], *CASTS), peel(arg(node, 3), *CASTS)
+            zeros = is_op(into, aten.zeros, aten.zeros_like, aten.new_zeros) or number(into) == 0
+            counts_ones = is_op(ones, aten.ones, aten.ones_like, aten.new_ones) or number(ones) == 1
+            return self._counts_of(arg(node, 2)) if zeros and counts_ones else None
         if is_op(node, aten.searchsorted):
             ids = self.pairs(node.args[0])
             right = node.kwargs.get("right") is True or node.kwargs.get("side") == "right"
-            if (
-                ids is not None
-                and ids.order.ids is ids.root
-                and right
-                and is_op(peel(node.args[1], *CASTS), aten.arange)
-            ):
+            if ids is not None and ids.order.ids is ids.root and right and _counts_from_zero(node.args[1]):
                 return Counts(ids.root, offsets=True)
         return None
 
@@ -335,8 +363,9 @@ class PairSpace:
             return replace(mask, order=permutation.order)
         if is_op(node, aten.ge):
             pairs = self.pairs(node.args[0])
-            if pairs is not None and not dtype(pairs.root).is_floating_point:
-                return OutOfRange(pairs.root, pairs.order)
+            if pairs is not None and not dtype(pairs.root).is_floating_point and not pairs.sentinels:
+                threshold = number(arg(node, 1))
+                return OutOfRange(pairs.root, pairs.order) if threshold in self._expert_counts else None
         return None
 
 
@@ -350,6 +379,16 @@ def _result_of(node: fx.Node, index: int, *packets: Any) -> fx.Node | None:
 def _ascending(sort: fx.Node) -> bool:
     bound = bind(sort)
     return not bound.get("descending", False) and rank(bound["self"]) == 1
+
+
+def _counts_from_zero(node: Any) -> bool:
+    """``arange(n)``: 0, 1, 2, ..."""
+    node = peel(node, *CASTS, *ALIASES)
+    if is_op(node, aten.arange.default):
+        return True
+    if is_op(node, aten.arange.start):
+        return number(node.args[0]) == 0
+    return is_op(node, aten.arange.start_step) and number(node.args[0]) == 0 and number(arg(node, 2)) == 1
 
 
 def _single_index(node: fx.Node) -> tuple[Any, Any]:

@@ -174,7 +174,9 @@ def _read_bias(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
             continue
         if rank(scores) != rank(node) or not same_shape(shape(scores), shape(node)):
             continue
-        base = peel(bias, aten.unsqueeze, aten.expand, aten.view, *CASTS) if rank(bias) > 1 else bias
+        base = peel(bias, aten.unsqueeze, aten.expand, aten.view) if rank(bias) > 1 else bias
+        if not same(shape(bias)[-1] if rank(bias) else 1, shape(node)[-1]):
+            continue
         if rank(base) == 1 and same(shape(base)[0], shape(node)[-1]):
             require(dtype(scores) == dtype(node), "adding the bias changes the scores' dtype", node)
             return scores, base
@@ -313,7 +315,7 @@ def _read_weights(router: _Router, values: fx.Node | None, ids: fx.Node | None) 
     else:
         return None
     if attributes["order"] == "after":
-        node = _read_late_score(node, attributes)
+        node = _read_late_score(node, attributes, biased=router.bias is not None)
     node = _read_renormalisation(node, attributes)
     node = _read_scale(node, attributes)
     return _read_out_cast(node, attributes)
@@ -323,10 +325,14 @@ def _gathers(user: fx.Node, ids: fx.Node) -> bool:
     return is_op(user, aten.gather) and arg(user, 2) is ids and is_last_dim(arg(user, 1), user)
 
 
-def _read_late_score(node: fx.Node, attributes: dict[str, Any]) -> fx.Node:
-    """The score that a ``topk -> score`` router applies to the selected logits; widening casts move before it."""
+def _read_late_score(node: fx.Node, attributes: dict[str, Any], biased: bool) -> fx.Node:
+    """The score that a ``topk -> score`` router applies to the selected logits.
+
+    A widening cast may move before an unbiased selection, which keeps its order; a bias would be added in another
+    dtype.
+    """
     user, start = only_user(node), node
-    if is_op(user, *CASTS) and _widens(user):
+    if is_op(user, *CASTS) and _widens(user) and not biased:
         node, user = user, only_user(user)
     score = None
     if is_op(user, aten.softmax, aten._softmax) and is_last_dim(arg(user, 1), user):

@@ -258,3 +258,100 @@ def test_level_bitwise_excludes_experts():
         assert torch.equal(compiled(x), block(x))
     assert compiled.counts == dict(router=1)
     assert any("level='bitwise'" in reason for reason in compiled.reasons)
+
+
+def _batched_with(rows=None, flat_ids=None, out=None, weigh=None, combine=None, h=None):
+    """transformers' batched_mm with one step replaced."""
+
+    def experts(m, x, w, ids):
+        ids_ = ids.reshape(-1) if flat_ids is None else flat_ids(ids)
+        rows_ = x.repeat_interleave(K, 0) if rows is None else rows(x)
+        up_ = torch.bmm(m.w13[ids_], rows_.unsqueeze(-1)).squeeze(-1)
+        gate, up = (up_ if h is None else h(m, up_, ids_)).chunk(2, -1)
+        out_ = torch.bmm(m.w2[ids_], (F.silu(gate) * up).unsqueeze(-1)).squeeze(-1)
+        out_ = out_ if out is None else out(out_, ids_)
+        weighed = out_ * w.reshape(-1, 1) if weigh is None else weigh(out_, w, ids_)
+        return weighed.view(-1, K, H).sum(1) if combine is None else combine(x, weighed)
+
+    return experts
+
+
+def _tokens(x, per_token=K):
+    return torch.arange(x.shape[0] * K) // per_token
+
+
+def _scattered_duplicates(m, x, w, ids):
+    return blocks.dense_einsum_with(m, x, x.new_zeros(x.shape[0], blocks.E).scatter_(1, ids // 2, w))
+
+
+# Each of these once matched and gave other numbers than the model (found in review); none may match.
+UNSOUND = {
+    "ids clamped below the last expert": _batched_with(flat_ids=lambda ids: ids.reshape(-1).clamp(max=1)),
+    "ids clamped, weights not zeroed": _batched_with(flat_ids=lambda ids: ids.reshape(-1).clamp(0, blocks.E - 1)),
+    "ids filled by an unrelated mask": _batched_with(
+        flat_ids=lambda ids: ids.reshape(-1).masked_fill(torch.arange(ids.numel()) % 3 == 0, 0)
+    ),
+    "ids cast to bool": _batched_with(flat_ids=lambda ids: ids.reshape(-1).bool().long()),
+    "results filled for valid experts": _batched_with(
+        out=lambda out, ids: out.masked_fill((ids >= 2).unsqueeze(-1), 0.0)
+    ),
+    "results filled with one": _batched_with(
+        out=lambda out, ids: out.masked_fill((ids >= blocks.E).unsqueeze(-1), 1.0) + 0
+    ),
+    "results rounded before the sum": _batched_with(out=lambda out, ids: out.half().float()),
+    "bias scaled by alpha": _batched_with(h=lambda m, h, ids: torch.add(h, m.b13[ids], alpha=3)),
+    "rows from an arange that starts at -1": _batched_with(rows=lambda x: x[torch.arange(-1, x.shape[0] * K - 1) // K]),
+    "index_add with alpha": _batched_with(
+        combine=lambda x, out: torch.zeros_like(x).index_add(0, _tokens(x), out, alpha=0.5)
+    ),
+    "index_add to every other token": _batched_with(
+        combine=lambda x, out: torch.zeros_like(x).index_add(0, _tokens(x, 2 * K), out)
+    ),
+    "index_add into a longer tensor": _batched_with(
+        combine=lambda x, out: x.new_zeros(x.shape[0] + 2, H).index_add(0, _tokens(x), out)
+    ),
+    "scattered duplicates": _scattered_duplicates,
+}
+
+
+@pytest.mark.filterwarnings("ignore::moe_fx.errors.MoeFxWarning")
+@pytest.mark.parametrize("name", UNSOUND)
+def test_unsound_match_is_refused(name):
+    block, x = Block(UNSOUND[name]), torch.randn(6, H)
+    compiled = compile_with_report(block)
+    got = compiled(x)
+    with torch.no_grad():
+        torch.testing.assert_close(got, block(x), rtol=0, atol=0)
+    assert compiled.counts.get("experts", 0) == 0
+
+
+UNSOUND_ACTIVATIONS = {
+    "tensor limit": lambda g, u: F.silu(g.clamp(max=torch.tensor(0.05))) * u,
+    "clamped twice": lambda g, u: F.silu(g.clamp_max(0.5).clamp_max(0.05)) * u.clamp(-0.5, 0.5),
+    "quantised to fp8": lambda g, u: (F.silu(g) * u).to(torch.float8_e4m3fn).to(g.dtype),
+    "quantised to int8": lambda g, u: F.silu((g * 8).to(torch.int8).to(g.dtype)) * u,
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND_ACTIVATIONS)
+def test_unsound_activation_is_refused(name):
+    block, x = _activation_block(UNSOUND_ACTIVATIONS[name]), torch.randn(6, H)
+    compiled = compile_with_report(block)
+    got = compiled(x)
+    with torch.no_grad():
+        torch.testing.assert_close(got, block(x), rtol=0, atol=0)
+    assert compiled.counts.get("experts", 0) == 0
+
+
+def test_autocast_region_runs_as_it_is():
+    def fn(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return block(x)
+
+    block, x = Block(blocks.batched), torch.randn(6, H)
+    compiled = compile_with_report(fn)
+    with pytest.warns(UserWarning, match="autocast region"):
+        got = compiled(x)
+    with torch.no_grad():
+        want = fn(x)
+    assert got.dtype == want.dtype and torch.equal(got, want)

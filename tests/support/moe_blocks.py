@@ -152,7 +152,11 @@ def dense_bmm(m: Weights, x, w, ids):
 
 def dense_einsum(m: Weights, x, w, ids):
     """The same through einsum and one-hot."""
-    table = (F.one_hot(ids, E).to(x.dtype) * w.unsqueeze(-1)).sum(1)
+    return dense_einsum_with(m, x, (F.one_hot(ids, E).to(x.dtype) * w.unsqueeze(-1)).sum(1))
+
+
+def dense_einsum_with(m: Weights, x, table):
+    """All experts, weighed by a [T, E] table."""
     h = F.silu(torch.einsum("ti,eoi->teo", x, m.w1)) * torch.einsum("ti,eoi->teo", x, m.w3)
     return (torch.einsum("teo,eio->tei", h, m.w2) * table.unsqueeze(-1)).sum(1)
 
