@@ -74,7 +74,7 @@ def moe_ascend(
     except Exception as error:
         if opts.strict:
             raise
-        report.unfused_reason = f"{type(error).__name__}: {error}"
+        report.sites, report.unfused_reason = [], f"{type(error).__name__}: {error}"
         advice = "" if isinstance(error, MoeFxError) else " This is a bug in moe-fx: please report it."
         _warn(f"a graph runs unfused, because it could not be rewritten ({report.unfused_reason}).{advice}")
         return finish(gm)

@@ -191,8 +191,9 @@ class PairSpace:
             return None if order is None or order.ids is None else Pairs(order.ids, order)
         if is_op(node, aten.masked_fill):
             inner = self.pairs(node.args[0])
-            filled = inner is not None and self.fills_sentinels(node, inner.order)
-            return replace(inner, sentinels="zeroed") if filled else None
+            if inner is None or not self.fills_sentinels(node, inner.order):
+                return None
+            return replace(inner, sentinels="zeroed")
         if is_op(node, aten.clamp, aten.clamp_max):
             inner = self.pairs(node.args[0])
             if inner is None or dtype(inner.root).is_floating_point:
