@@ -114,6 +114,17 @@ def grouped_where(m, z):
     return torch.topk(torch.where(mask.bool(), scores, 0.0), K)
 
 
+def bias_cast_down(m, z):
+    scores = z.sigmoid()
+    ids = torch.topk(scores + m.bias.to(z.dtype).unsqueeze(0), K)[1]
+    return scores.gather(1, ids), ids
+
+
+def late_score_after_bias(m, z):
+    w, ids = torch.topk(z + m.bias.to(z.dtype), K)
+    return F.softmax(w.float(), -1), ids
+
+
 def single_group(m, z):
     scores = z.float().sigmoid()
     choice = scores + m.bias
@@ -139,6 +150,8 @@ FORMS = {
     grouped_max: dict(n_group=4, topk_group=2, group_score="max"),
     grouped_zero: dict(n_group=4, group_fill="zero"),
     grouped_where: dict(score="softmax", n_group=4, group_score="max", group_fill="zero", weight_source="choice"),
+    bias_cast_down: dict(score="sigmoid", score_dtype=torch.bfloat16),
+    late_score_after_bias: dict(order="after", score="identity", score_dtype=torch.bfloat16),
     single_group: dict(n_group=1, score="sigmoid"),
 }
 DEFAULTS = dict(
@@ -151,7 +164,7 @@ DEFAULTS = dict(
 @pytest.mark.parametrize("function", FORMS, ids=lambda f: f.__name__)
 def test_form_matches_bit_for_bit(function, dynamic):
     router = Router(function, torch.bfloat16)
-    x = torch.randn(7, H).bfloat16()
+    x = torch.randn(512, H).bfloat16()  # Enough tokens for a selection in another precision to show.
     with torch.no_grad():
         weights, ids, _ = router(x)
     compiled = compile_with_report(router, dynamic=dynamic)
