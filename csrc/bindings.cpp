@@ -1,6 +1,8 @@
 // The Python face of the native code: builds moe_fx._C. Each part of csrc/ has one bind function here, and
 // moe_fx/_C.pyi states the same signatures for type checkers.
 
+#include "bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -58,4 +60,6 @@ void bind_cpu_info(py::module_& module) {
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native code of moe-fx.";
   bind_cpu_info(module);
+  bind_engine(module);
+  bind_packing(module);
 }

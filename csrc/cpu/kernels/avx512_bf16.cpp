@@ -1,0 +1,108 @@
+// Kernels for AVX-512 with VNNI and BF16 (Cooper Lake, Sapphire Rapids, Zen 4 and later): bf16 activations are
+// multiplied as they are, two at a time. VDPBF16PS takes subnormal inputs and results for zero.
+
+#include "cpu/kernels/avx512.h"
+
+namespace moe_fx::cpu {
+namespace {
+
+#include "cpu/kernels/dense.inl"
+#include "cpu/kernels/elementwise.inl"
+#include "cpu/kernels/packed.inl"
+
+inline __m512 dot_bf16(__m512 sum, __m512i a, __m512i b) {
+  return _mm512_dpbf16_ps(sum, __builtin_bit_cast(__m512bh, a), __builtin_bit_cast(__m512bh, b));
+}
+
+struct DenseBf16 : Avx512Dense {
+  using Weights = __m512i;
+  static constexpr std::int64_t kStep = 32;
+
+  static Weights load_weights(const std::uint8_t* from) { return _mm512_loadu_si512(from); }
+  static Weights load_weights_tail(const std::uint8_t* from, int count) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ULL << count) - 1ULL), from);
+  }
+  static __m512i load_x(const std::uint8_t* row, std::int64_t k) { return _mm512_load_si512(row + k * 2); }
+  static Vector multiply_add(Vector sum, Weights w, __m512i x) { return dot_bf16(sum, w, x); }
+};
+
+// int4 weights, bf16 activations. A nibble q under the bits of 128.0 is the bf16 number 128 + q, exactly.
+constexpr float kNibbleOffset = 128.0F;
+
+template <class A, int M>
+struct Int4Bf16 {
+  static void run(const Tile& tile, int first, bool fresh) {
+    const std::uint8_t* const* const x = tile.x + first;
+    const __m512i mask = _mm512_set1_epi16(0x000f);
+    const __m512i offset = _mm512_set1_epi16(0x4300);
+    int4_group<A, M, FarAhead>(
+        tile, first, fresh, kNibbleOffset,
+        [&](const std::uint8_t* w, std::int64_t g, std::int64_t size, auto& ahead, __m512(&out)[M][1]) {
+          constexpr int kUnroll = M <= 2 ? 4 : 1;
+          __m512 sums[4][M];
+          for (auto& by_row : sums) {
+            for (auto& sum : by_row)
+              sum = _mm512_setzero_ps();
+          }
+          const auto take = [&]<int kPair>(std::int64_t k, __m512i raw) {
+            // (shifted & mask) | offset
+            const __m512i pairs = _mm512_ternarylogic_epi32(_mm512_srli_epi16(raw, 4 * kPair), mask, offset, 0xea);
+            for (int i = 0; i < M; ++i) {
+              auto& sum = sums[kPair % kUnroll][i];
+              sum = dot_bf16(sum, pairs, A::broadcast_int(x[i] + 2 * (k + 2 * kPair)));
+            }
+          };
+          for (std::int64_t k = g * size; k < (g + 1) * size; k += 8, w += 64) {
+            ahead.advance();
+            const __m512i raw = _mm512_loadu_si512(w);
+            take.template operator()<0>(k, raw);
+            take.template operator()<1>(k, raw);
+            take.template operator()<2>(k, raw);
+            take.template operator()<3>(k, raw);
+          }
+          for (int i = 0; i < M; ++i) {
+            out[i][0] = sums[0][i];
+            for (int u = 1; u < kUnroll; ++u)
+              out[i][0] = _mm512_add_ps(out[i][0], sums[u][i]);
+          }
+        });
+  }
+};
+
+void narrow(DType dtype, const float* values, std::int64_t n, void* out) {
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const auto mask = static_cast<__mmask16>(n - i >= 16 ? 0xffffU : (1U << (n - i)) - 1U);
+    const __m512 wide = _mm512_maskz_loadu_ps(mask, values + i);
+    if (dtype == DType::f32) {
+      _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, wide);
+    } else {
+      const __m256i half = dtype == DType::f16 ? _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
+                                               : __builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(wide));
+      _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, mask, half);
+    }
+  }
+}
+
+ActivationForm exact_form(WeightFormat weights, DType x) {
+  const bool multiplies_bf16 = weights == WeightFormat::bf16 || weights == WeightFormat::int4;
+  return x == DType::bf16 && multiplies_bf16 ? ActivationForm::bf16 : ActivationForm::f32;
+}
+
+}  // namespace
+
+const Kernels kAvx512Bf16Kernels = {
+    .name = "avx512_bf16",
+    .tile = {{dense_tile<Avx512DenseF32<WeightFormat::bf16>>, dense_tile<DenseBf16>, nullptr},
+             {dense_tile<Avx512DenseF32<WeightFormat::f16>>, nullptr, nullptr},
+             {packed_tile<Avx512, Int8F32>, nullptr, packed_tile<Avx512, Int8S8>},
+             {packed_tile<Avx512, Int4F32>, packed_tile<Avx512, Int4Bf16>, packed_tile<Avx512, Int4S8>}},
+    .exact_form = exact_form,
+    .widen = widen,
+    .narrow = narrow,
+    .write_row = write_row,
+    .activate = activate,
+    .accumulate = accumulate,
+    .sum_words = sum_words,
+};
+
+}  // namespace moe_fx::cpu
