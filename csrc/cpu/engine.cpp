@@ -10,7 +10,6 @@
 #include <mutex>
 #include <stdexcept>
 #include <thread>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -51,14 +50,16 @@ class alignas(2 * kLine) Share {
  public:
   void reset(std::int64_t units) noexcept { range_.store(join(0, units), std::memory_order_relaxed); }
 
-  // The next unit, or -1.
-  std::int64_t take() noexcept {
+  // The next units, [first, second): a part of what is left, since a claim makes the processor wait for every load that
+  // is under way.
+  std::pair<std::int64_t, std::int64_t> take_some() noexcept {
     std::uint64_t range = range_.load(std::memory_order_relaxed);
     while (begin_of(range) < end_of(range)) {
-      const std::uint64_t rest = join(begin_of(range) + 1, end_of(range));
-      if (range_.compare_exchange_weak(range, rest, std::memory_order_relaxed)) return begin_of(range);
+      const std::int64_t middle = begin_of(range) + (end_of(range) - begin_of(range) + 3) / 4;
+      const std::uint64_t rest = join(middle, end_of(range));
+      if (range_.compare_exchange_weak(range, rest, std::memory_order_relaxed)) return {begin_of(range), middle};
     }
-    return -1;
+    return {0, 0};
   }
 
   // Gives away the back half of what is left: [first, second).
@@ -180,7 +181,7 @@ std::size_t carve(std::uint8_t* base, const Layer& layer, const Shapes& shapes, 
     scratch.weights = carver.take<float>(kChunk);
     scratch.sums = carver.take<float*>(kChunk);
     scratch.output = carver.take<float>(tokens * unit_blocks(layer, tokens, threads) * kBlockRows);
-    scratch.row = carver.take<float>(round_up(std::max(layer.hidden, layer.intermediate), 64));
+    scratch.row = carver.take<float>(round_up(layer.hidden, 64));
     if (base != nullptr) buffers.scratch[thread] = scratch;
   }
   return carver.used();
@@ -290,18 +291,13 @@ class Run {
     for (int i = 0; i < mine.count; ++i) {
       const int owner = (mine.index + i) % mine.count;
       Share& work = share(phase, segment, owner);
-      if (owner == mine.index) {
-        // The next unit is claimed before this one is done, so that its weights can be prefetched.
-        for (std::int64_t unit = work.take(); unit >= 0;) {
-          const std::int64_t next = work.take();
-          function(owner, unit, next);
-          unit = next;
-        }
-        continue;
-      }
-      for (auto [unit, end] = work.give_half(); unit < end; std::tie(unit, end) = work.give_half()) {
-        for (; unit < end; ++unit)
-          function(owner, unit, unit + 1 < end ? unit + 1 : -1);
+      const auto claim = [&] { return owner == mine.index ? work.take_some() : work.give_half(); };
+      for (auto [unit, end] = claim(); unit < end;) {
+        // More is claimed before the last unit is done, so that what follows it can be prefetched.
+        const auto [next, next_end] = unit + 1 < end ? std::pair{unit + 1, end} : claim();
+        function(owner, unit, next < next_end ? next : -1);
+        unit = next;
+        end = next_end;
       }
     }
   }

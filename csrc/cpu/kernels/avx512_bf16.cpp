@@ -31,40 +31,37 @@ constexpr float kNibbleOffset = 128.0F;
 
 template <class A, int M>
 struct Int4Bf16 {
-  static void run(const Tile& tile, int first, bool fresh) {
-    const std::uint8_t* const* const x = tile.x + first;
+  static void run(const Tile& tile, const Pass& pass) {
+    const std::uint8_t* const* const x = tile.x + pass.first;
     const __m512i mask = _mm512_set1_epi16(0x000f);
     const __m512i offset = _mm512_set1_epi16(0x4300);
     int4_group<A, M, FarAhead>(
-        tile, first, fresh, kNibbleOffset,
-        [&](const std::uint8_t* w, std::int64_t g, std::int64_t size, auto& ahead, __m512(&out)[M][1]) {
-          constexpr int kUnroll = M <= 2 ? 4 : 1;
-          __m512 sums[4][M];
-          for (auto& by_row : sums) {
-            for (auto& sum : by_row)
-              sum = _mm512_setzero_ps();
-          }
-          const auto take = [&]<int kPair>(std::int64_t k, __m512i raw) {
+        tile, pass, kNibbleOffset,
+        [&](const std::uint8_t* w, std::int64_t g, std::int64_t size, auto& ahead, __m512(&out)[M][1]) MOE_FX_INLINE {
+          constexpr int kSplit = split_for<A, M>(6);
+          __m512 sums[kSplit][M][1];
+          fill(sums, _mm512_setzero_ps());
+          const auto take = [&]<int kPair>(std::int64_t k, __m512i raw) MOE_FX_INLINE {
             // (shifted & mask) | offset
             const __m512i pairs = _mm512_ternarylogic_epi32(_mm512_srli_epi16(raw, 4 * kPair), mask, offset, 0xea);
+#pragma GCC unroll 16
             for (int i = 0; i < M; ++i) {
-              auto& sum = sums[kPair % kUnroll][i];
+              auto& sum = sums[kPair % kSplit][i][0];
               sum = dot_bf16(sum, pairs, A::broadcast_int(x[i] + 2 * (k + 2 * kPair)));
             }
           };
           for (std::int64_t k = g * size; k < (g + 1) * size; k += 8, w += 64) {
-            ahead.advance();
+            ahead.template advance<M>();
             const __m512i raw = _mm512_loadu_si512(w);
             take.template operator()<0>(k, raw);
             take.template operator()<1>(k, raw);
             take.template operator()<2>(k, raw);
             take.template operator()<3>(k, raw);
           }
-          for (int i = 0; i < M; ++i) {
-            out[i][0] = sums[0][i];
-            for (int u = 1; u < kUnroll; ++u)
-              out[i][0] = _mm512_add_ps(out[i][0], sums[u][i]);
-          }
+          join(sums, A::add_float);
+#pragma GCC unroll 16
+          for (int i = 0; i < M; ++i)
+            out[i][0] = sums[0][i][0];
         });
   }
 };
