@@ -94,7 +94,7 @@ def diagnose() -> Diagnosis:
         software={"python": platform.python_version(), **{name: _version(name) for name in _REPORTED_SOFTWARE}},
         cpu=cpu,
         targets=(
-            Target("cpu", (torch, _check_inductor(), extension, *_check_host(cpu))),
+            Target("cpu", (torch, _check_inductor(), extension, *_check_engine(), *_check_host(cpu))),
             Target("cuda", (torch, _check_cuda_device(), _check_triton(), _check_c_compiler())),
             Target(
                 "ascend",
@@ -159,6 +159,25 @@ def _check_extension() -> tuple[CpuInfo | None, Check]:
     except ImportError as error:
         return None, Check(name, False, str(error), "reinstall moe-fx: pip install --force-reinstall --no-deps moe-fx")
     return _C.cpu_info(), Check(name, True, "loaded")
+
+
+def _check_engine() -> tuple[Check, ...]:
+    """What the expert engine runs on, as it says itself. Without it experts run through Inductor or the reference."""
+    name = "expert engine"
+    try:
+        from moe_fx._C import engine_info
+    except ImportError:
+        return ()
+    try:
+        info = engine_info()
+    except ValueError as error:  # MOE_FX_ISA or MOE_FX_NUMA names what is not there.
+        return (Check(name, False, str(error), "correct or unset the variable that the message names"),)
+    threads, nodes = sum(map(len, info["nodes"])), len(info["nodes"])
+    made_up = " made up by MOE_FX_NUMA" if info["made_up_nodes"] else ""
+    places = f"{nodes} memory node{'s' if nodes > 1 else ''}{made_up}"
+    shared = "threads of its own" if info["own_threads"] else "PyTorch's threads"
+    found = f"{info['isa']} (of {', '.join(info['available'])}), {threads} threads on {places}, {shared}"
+    return (Check(name, True, found, required=False),)
 
 
 def _check_host(cpu: CpuInfo | None) -> tuple[Check, ...]:

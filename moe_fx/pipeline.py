@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from torch.fx.passes.graph_transform_observer import GraphTransformObserver
 
+from moe_fx.capture import copy_graph_module
 from moe_fx.dump import GraphDumper
 from moe_fx.lowering import targets
 from moe_fx.options import Options
@@ -102,7 +103,7 @@ def run_passes(gm: fx.GraphModule, options: Options, report: GraphReport, dumper
     gm.recompile()
     report.sites = ctx.sites + _uncaptured_experts(gm.graph, ctx.sites) + _unread_routers(gm.graph, ctx.sites)
     report.nodes_after = len(gm.graph.nodes)
-    report.graph = gm
+    report.graph = copy_graph_module(gm)  # Lowering rewrites gm in place.
 
 
 def lower(gm: fx.GraphModule, report: GraphReport, dumper: GraphDumper) -> None:
@@ -116,17 +117,20 @@ def lower(gm: fx.GraphModule, report: GraphReport, dumper: GraphDumper) -> None:
     dumper.graph("lowered", gm.graph)
 
 
+# The op that blocks with packed experts run; named here, since targets are loaded only to lower for them.
+_PACKED_EXPERTS = "moe_fx_cpu::experts_packed"
 _KIND_OF_OP = {
     "route": "router",
     "experts_int8": "experts",
     "experts_int4": "experts",
+    "experts_packed": "experts",
     "rms_norm": "norm",
     "add_rms_norm": "norm",
 }
 
 
 def _called_by_the_model(graph: fx.Graph) -> list[Site]:
-    """Canonical ops that are in the captured graph already: blocks that ``moe_fx.prepare`` or an engine put there."""
+    """Fused ops that are in the captured graph already: blocks that ``moe_fx.prepare`` or an engine put there."""
     return [
         Site(
             kind=_KIND_OF_OP.get(name, name),
@@ -134,15 +138,20 @@ def _called_by_the_model(graph: fx.Graph) -> list[Site]:
             pass_name="prepare",
             module=module_path(node),
             source=source_line(node),
-            form="prepared",
+            form=f"prepared {node.kwargs.get('packed_as', '')}".rstrip(),
             level=Level.TOLERANCE,
             op=str(node.target).removesuffix(".default"),
             node=node.name,
             attributes=dict(node.kwargs),
         )
         for node in graph.nodes
-        if (name := targets.canonical_name(node)) is not None
+        if (name := targets.canonical_name(node) or _packed_name(node)) is not None
     ]
+
+
+def _packed_name(node: fx.Node) -> str | None:
+    called = isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name == _PACKED_EXPERTS
+    return _PACKED_EXPERTS.split("::")[1] if called else None
 
 
 PREPARE_HINT = "call moe_fx.prepare(model) before torch.compile"

@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 PROMISES = {
     "transformers_model.py": ["relative error against eager", "qk_norm_rope"],
     "hand_written_moe.py": ["largest difference from eager"],
+    "quantized_model.py": ["int4 g128, int8 activations", "relative error of the logits", "from the file: True"],
     "explain_a_miss.py": ["neither a known score", "explain_a_miss.py:"],
     "own_pass.py": ["x * sigmoid(x)", "the sigmoid of another tensor"],
 }

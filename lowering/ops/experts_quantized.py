@@ -1,7 +1,8 @@
-"""``experts_int8`` and ``experts_int4``: weights quantised per channel (W8A16, W8A8) or per group (W4A16)."""
+"""``experts_int8`` and ``experts_int4``: weights quantised per channel (W8A16, W8A8) or per group (W4A16, W4A8)."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -80,13 +81,14 @@ def experts_int4(
     b13: torch.Tensor | None = None,
     b2: torch.Tensor | None = None,
     *,
+    dynamic_activations: bool = False,
     act: str = "silu",
     layout: str = "gate_up",
     alpha: float = 1.702,
     limit: float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``experts`` with int4 weights and one scale (and zero point) per group along the input dimension: W4A16.
+    """``experts`` with int4 weights and one scale (and zero point) per group along the input dimension.
 
     Args:
         x, weights, ids, b13, b2, act, layout (merged layouts and ``none``), alpha, limit, out_dtype: see ``experts``.
@@ -95,15 +97,22 @@ def experts_int4(
         w13_zero: [E, 2I, H/g] uint8 zero points (AWQ); None means 8, the symmetric form. The weight is
             ``(nibble - zero) * scale``.
         w2, w2_scale, w2_zero: the same for [E, H, I].
+        dynamic_activations: False is W4A16: weights are widened to fp32, rounded to ``x.dtype``, and products taken
+            there. True is W4A8: each group of g inputs of a row is quantised to int8 with its own scale
+            ``max|group| / 127``, products ``a * nibble`` are accumulated in integers within a group, and
+            ``(sum(a * nibble) - zero * sum(a)) * weight scale * row scale`` is summed over groups in fp32 (llama.cpp's
+            and vLLM-CPU's form of int4 on int8 dot products).
 
     Returns:
-        y [T, H]. Weights are widened to fp32, rounded to ``x.dtype``, and products taken there.
+        y [T, H].
     """
 
     def linear(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> Linear:
         def apply(rows: torch.Tensor, e: int) -> torch.Tensor:
-            weight = dequantize_int4(packed[e], scale[e], None if zero is None else zero[e])
-            return rows @ weight.to(rows.dtype).t()
+            of_expert = (packed[e], scale[e], None if zero is None else zero[e])
+            if dynamic_activations:
+                return _linear_w4a8(rows, *of_expert)
+            return rows @ dequantize_int4(*of_expert).to(rows.dtype).t()
 
         return apply
 
@@ -114,10 +123,30 @@ def experts_int4(
 
 def dequantize_int4(packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None) -> torch.Tensor:
     """One expert's weight [N, K] fp32 from nibbles [N, K/2], scales and zero points [N, K/g]; see ``experts_int4``."""
-    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2)
-    grouped = nibbles.unflatten(-1, (scale.shape[-1], -1)).to(torch.float32)
+    grouped = _nibble_groups(packed, scale.shape[-1]).to(torch.float32)
     middle = _INT4_MIDDLE if zero is None else zero.unsqueeze(-1).to(torch.float32)
     return ((grouped - middle) * scale.unsqueeze(-1).to(torch.float32)).flatten(-2)
+
+
+def _nibble_groups(packed: torch.Tensor, groups: int) -> torch.Tensor:
+    """[N, K/2] bytes as [N, groups, K/groups] nibbles."""
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1).flatten(-2).unflatten(-1, (groups, -1))
+
+
+def _linear_w4a8(
+    rows: torch.Tensor, packed: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None
+) -> torch.Tensor:
+    """``rows`` [n, K] by one expert's int4 weight [N, K/2], the activations in int8 per group."""
+    groups = rows.unflatten(-1, (scale.shape[-1], -1))
+    row_scale = groups.abs().amax(dim=-1, keepdim=True).to(torch.float32).clamp(min=1e-12) / _INT8_MAX
+    quantised = (groups / row_scale).round().clamp(-_INT8_MAX, _INT8_MAX)
+    # Double holds every int32 sum exactly.
+    nibbles = _nibble_groups(packed, scale.shape[-1]).double()
+    product = torch.einsum("tgi,ngi->tng", quantised.double(), nibbles)
+    middle = _INT4_MIDDLE if zero is None else zero.double()
+    product = product - middle * quantised.double().sum(dim=-1).unsqueeze(1)
+    scaled = product.to(torch.float32) * scale.to(torch.float32) * row_scale.squeeze(-1).unsqueeze(1)
+    return scaled.sum(dim=-1).to(rows.dtype)
 
 
 def _projections(
@@ -168,16 +197,17 @@ def _int4_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[Sample]:
         zero = torch.randint(0, 16, (_EXPERTS, rows, columns // group), generator=rng).to(torch.uint8)
         return packed, scale, zero
 
-    for zeros in (False, True):
+    for dynamic, zeros in itertools.product((False, True), (False, True)):
         for tokens in (1, 9):
             w13, w13_scale, w13_zero = weight(2 * _INTER, _HIDDEN, 32)
             w2, w2_scale, w2_zero = weight(_HIDDEN, _INTER, 32)
             points = (w13_zero, w2_zero) if zeros else (None, None)
             args = (*_routed(tokens, dtype, rng), w13, w13_scale, w2, w2_scale, *points)
-            yield Sample(f"{'zeros' if zeros else 'symmetric'}-T{tokens}", args)
+            name = f"{'W4A8' if dynamic else 'W4A16'}-{'zeros' if zeros else 'symmetric'}-T{tokens}"
+            yield Sample(name, args, dict(dynamic_activations=dynamic))
 
 
-# As for ``experts``; a value that lies between two int8 steps may fall to either side in W8A8.
+# As for ``experts``; a value that lies between two int8 steps may fall to either side in W8A8 and W4A8.
 _TOLERANCE = uniform_tolerance(
     fp32=Tolerance(2e-2, 1e-2, 1e-2), half=Tolerance(2e-2, 1e-2, 1e-2), bf16=Tolerance(1e-1, 5e-2, 2e-2)
 )
@@ -198,7 +228,8 @@ EXPERTS_INT4 = CanonicalOp(
     name="experts_int4",
     schema=(
         "(Tensor x, Tensor weights, Tensor ids, Tensor w13, Tensor w13_scale, Tensor w2, Tensor w2_scale,"
-        f" Tensor? w13_zero=None, Tensor? w2_zero=None, Tensor? b13=None, Tensor? b2=None, *, {_ATTRIBUTES}) -> Tensor"
+        " Tensor? w13_zero=None, Tensor? w2_zero=None, Tensor? b13=None, Tensor? b2=None,"
+        f" *, bool dynamic_activations=False, {_ATTRIBUTES}) -> Tensor"
     ),
     reference=experts_int4,
     tolerance=_TOLERANCE,

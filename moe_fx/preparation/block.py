@@ -1,9 +1,10 @@
-"""One block from first execution to installation: trace, recognise, pack, verify, install."""
+"""One block from first execution to installation: trace, recognise, stack, verify, install."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from moe_fx.lowering.ops import CANONICAL_OPS
 from moe_fx.passes.core import Miss, require
 from moe_fx.preparation.install import ATTRIBUTE, Preparation, install
-from moe_fx.preparation.program import Operands, Program, experts_attributes, write_program
+from moe_fx.preparation.program import Operands, PackedOperand, Program, experts_attributes, write_program
 from moe_fx.preparation.recognise import ExpertForm, Roles, read_router, read_trace
 from moe_fx.preparation.report import PREPARED, BlockReport
 from moe_fx.preparation.trace import Trace, record
@@ -39,8 +40,52 @@ class _Reading:
     program: Program
 
 
+@dataclass
+class ReadBlock:
+    """A block whose computation was read and verified.
+
+    Attributes:
+        report: what is to be said of it once its preparation is installed.
+        form: its experts.
+        attributes: of ``moe_fx.experts`` that differ from its defaults.
+        preparation: the stacked weights and traceable functions, until they are installed or given up.
+        dtype: of its weights.
+    """
+
+    block: nn.Module
+    report: BlockReport
+    form: ExpertForm
+    attributes: Mapping[str, Any]
+    preparation: Preparation | None
+    dtype: torch.dtype
+    _readings: dict[int, _Reading]
+
+    def packed_programs(self, operand: PackedOperand) -> dict[int, Program]:
+        """The block's function by rank of the input, its experts running on packed weights."""
+        name = type(self.block).__name__
+        return {
+            rank: write_program(reading.traces, reading.roles, self.form, operand, name)
+            for rank, reading in self._readings.items()
+        }
+
+    def release(self) -> None:
+        """Drop what the executions left behind: values, and views of the weights."""
+        for reading in self._readings.values():
+            for trace in reading.traces:
+                trace.release()
+
+
 def prepare_block(path: str, block: nn.Module, store_path: str) -> BlockReport:
-    """Prepare one block.
+    """Prepare one block; see :func:`read_block` for the arguments and what is raised."""
+    read = read_block(path, block, store_path)
+    read.release()
+    assert read.preparation is not None
+    install(block, read.preparation)
+    return read.report
+
+
+def read_block(path: str, block: nn.Module, store_path: str) -> ReadBlock:
+    """Read one block and verify what was read; the block is not touched.
 
     Args:
         path: of the block in its model, for the report.
@@ -48,7 +93,7 @@ def prepare_block(path: str, block: nn.Module, store_path: str) -> BlockReport:
         store_path: of the module that holds the experts, relative to the block.
 
     Raises:
-        Miss: the first predicate that failed; the block is untouched.
+        Miss: the first predicate that failed.
         NeedsNothing: there is no loop over experts.
         Unfit: it takes more than hidden states; the module around it may be the block.
     """
@@ -76,6 +121,7 @@ def prepare_block(path: str, block: nn.Module, store_path: str) -> BlockReport:
     hit, error = _verify(block, store, form, preparation, readings)
     first = next(iter(readings.values())).roles[0]
     router, router_reason = read_router(first)
+    attributes = experts_attributes(form, first)
     report = BlockReport(
         module=path,
         kind=type(block).__name__,
@@ -86,16 +132,12 @@ def prepare_block(path: str, block: nn.Module, store_path: str) -> BlockReport:
         act=str(form.attributes["act"]),
         router=router,
         router_reason=router_reason,
-        experts=experts_attributes(form, first),
+        experts=attributes,
         bytes_stacked=preparation.nbytes,
         experts_checked=len(hit),
         error=error,
     )
-    for reading in readings.values():
-        for trace in reading.traces:
-            trace.release()
-    install(block, preparation)
-    return report
+    return ReadBlock(block, report, form, attributes, preparation, store.example.dtype, readings)
 
 
 def _renew(path: str, block: nn.Module, store_path: str) -> str:

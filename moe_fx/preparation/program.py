@@ -51,6 +51,26 @@ class Operands:
             None if form.down_bias is None else f"{stacks}.b2",
         )
 
+    def call(self, attributes: Mapping[str, Any]) -> tuple[Any, list[str | None], dict[str, Any]]:
+        """``(op, paths of its weights, its attributes)`` for a block whose experts have ``attributes``."""
+        paths = [self.w13, self.w2, self.b13, self.b2, self.w3, self.b3]
+        while paths[-1] is None:
+            paths.pop()
+        return CANONICAL_OPS["experts"].overload, paths, dict(attributes)
+
+
+@dataclass(frozen=True)
+class PackedOperand:
+    """Packed weights instead: their attribute path relative to the block, the op on them, what it is told of them."""
+
+    path: str
+    op: Any
+    attributes: Mapping[str, Any]
+
+    def call(self, attributes: Mapping[str, Any]) -> tuple[Any, list[str | None], dict[str, Any]]:
+        """See :meth:`Operands.call`."""
+        return self.op, [self.path], dict(self.attributes)
+
 
 @dataclass(frozen=True)
 class Program:
@@ -71,14 +91,16 @@ def experts_attributes(form: ExpertForm, roles: Roles) -> dict[str, Any]:
 
 
 def write_program(
-    traces: Sequence[Trace], roles: Sequence[Roles], form: ExpertForm, operands: Operands, name: str
+    traces: Sequence[Trace], roles: Sequence[Roles], form: ExpertForm, operands: Operands | PackedOperand, name: str
 ) -> Program:
     """Lay traces of one input rank over each other and generate the function; :class:`Miss` says what differs."""
     return _Writer(traces, roles, form, operands).write(name)
 
 
 class _Writer:
-    def __init__(self, traces: Sequence[Trace], roles: Sequence[Roles], form: ExpertForm, operands: Operands) -> None:
+    def __init__(
+        self, traces: Sequence[Trace], roles: Sequence[Roles], form: ExpertForm, operands: Operands | PackedOperand
+    ) -> None:
         self._traces, self._roles, self._form, self._operands = traces, roles, form, operands
         self._graph = fx.Graph()
         self._new: dict[fx.Node, fx.Node] = {}
@@ -129,14 +151,9 @@ class _Writer:
             )
         x = self._flat(roles.x, shape(roles.x)[-1])
         weights, ids = self._flat(roles.weights, roles.top_k), self._flat(roles.ids, roles.top_k)
-        tensors = (self._operands.w13, self._operands.w2, self._operands.b13, self._operands.b2)
-        tensors += (self._operands.w3, self._operands.b3)
-        args: list[Any] = [x, weights, ids]
-        args += [None if path is None else graph.create_node("get_attr", path) for path in tensors]
-        while args[-1] is None:
-            args.pop()
-        overload = CANONICAL_OPS["experts"].overload
-        node = graph.call_function(overload, tuple(args), experts_attributes(self._form, roles))
+        overload, paths, attributes = self._operands.call(experts_attributes(self._form, roles))
+        tensors = [None if path is None else graph.create_node("get_attr", path) for path in paths]
+        node = graph.call_function(overload, (x, weights, ids, *tensors), attributes)
         if rank(roles.result) != 2:
             require(shape(roles.result) == shape(roles.x), "the experts' result is not shaped like the tokens")
             like = graph.call_function(builtins.getattr, (new[roles.x], "shape"))

@@ -27,7 +27,11 @@ class BlockReport:
         experts: attributes of ``moe_fx.experts`` that differ from its defaults.
         bytes_stacked: size of the stacked weights that were made.
         experts_checked: how many experts the verification ran.
-        error: largest relative L2 error of the prepared path against the block in the verification.
+        error: largest relative L2 error of the prepared path against the block in the verification; of packed experts,
+            against the unquantised ones on random inputs.
+        packed_as: the format that its experts were packed in (``int8``, ``int4 g128``), if they were.
+        activations: ``exact`` or ``int8``, with packed experts.
+        bytes_experts, bytes_packed: size of its experts before, and packed.
     """
 
     module: str
@@ -44,12 +48,18 @@ class BlockReport:
     bytes_stacked: int = 0
     experts_checked: int = 0
     error: float = 0.0
+    packed_as: str = ""
+    activations: str = ""
+    bytes_experts: int = 0
+    bytes_packed: int = 0
 
     def headline(self) -> str:
         """One line: what it is and how it ended."""
         name = f"{self.module or '(the model)'} ({self.kind})"
         if self.status != PREPARED:
             return f"{name}: {self.status}: {self.reason}"
+        if self.packed_as:
+            return f"{name}: E={self.n_experts} {self.act}, {self.packing()}"
         router = ", ".join(f"{key}={_plain(given)}" for key, given in self.router.items()) or "plain"
         if self.router_reason:
             router = f"kept as written ({self.router_reason})"
@@ -57,6 +67,22 @@ class BlockReport:
             f"{name}: E={self.n_experts} k={self.top_k} {self.act}, {self.form}, {_mib(self.bytes_stacked)} stacked,"
             f" error {self.error:.1e} on {self.experts_checked} experts; router: {router}"
         )
+
+    def note(self) -> str:
+        """What a table says of it beside the numbers."""
+        if self.status != PREPARED:
+            return self.reason
+        if self.packed_as:
+            return self.packing()
+        return f"router kept as written: {self.router_reason}" if self.router_reason else ""
+
+    def packing(self) -> str:
+        """What packing its experts came to, in words."""
+        sizes = f"{_mib(self.bytes_experts)} to {_mib(self.bytes_packed)}"
+        measured = (
+            f", relative error {self.error:.1e} on {self.experts_checked} experts" if self.experts_checked else ""
+        )
+        return f"{self.packed_as}, {self.activations} activations, {sizes}{measured}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +92,7 @@ class PrepareReport:
     Attributes:
         blocks: in the order of ``model.named_modules()``.
         bytes_before, bytes_after: size of all distinct storages that the model held before and after.
-        bytes_peak: the largest it was in between (stacking one block needs room for that block's experts).
+        bytes_peak: the largest it was in between (stacking or packing one block needs room for that block's experts).
     """
 
     blocks: tuple[BlockReport, ...]
@@ -76,7 +102,7 @@ class PrepareReport:
 
     @property
     def prepared(self) -> tuple[BlockReport, ...]:
-        """Blocks that ``torch.compile(model, backend="moe_ascend")`` now captures."""
+        """Blocks that ``torch.compile(model, backend="moe_ascend")`` now captures, or that run packed experts."""
         return tuple(b for b in self.blocks if b.status == PREPARED)
 
     @property
@@ -116,10 +142,9 @@ class PrepareReport:
             table.add_column(column, overflow="fold")
         for b in self.blocks:
             done = b.status == PREPARED
-            note = (f"router kept as written: {b.router_reason}" if b.router_reason else "") if done else b.reason
-            cells = (str(b.n_experts), str(b.top_k), b.act, _mib(b.bytes_stacked)) if done else ("", "", "", "")
+            cells = (str(b.n_experts), str(b.top_k or ""), b.act, _mib(b.bytes_stacked)) if done else ("", "", "", "")
             style = {PREPARED: "green", LEFT: "yellow"}.get(b.status, "")
-            table.add_row(b.module, b.kind, f"[{style}]{b.status}[/]" if style else b.status, *cells, note)
+            table.add_row(b.module, b.kind, f"[{style}]{b.status}[/]" if style else b.status, *cells, b.note())
         return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,18 +107,38 @@ class ExpertStore:
         if not self.modules:
             return
         seen: set[int] = set()
-        first = dict(_signature(self.modules[0]))
+        first = dict(signature(self.modules[0]))
         absent = (None, "absent")
         for e, expert in enumerate(self.modules):
             name = f"{self.path}.{e}".lstrip(".")
             for parameter in expert.parameters():
                 require(id(parameter) not in seen, f"{name} shares a parameter with another expert")
                 seen.add(id(parameter))
-            own = dict(_signature(expert))
+            own = dict(signature(expert))
             for key in first | own:
                 (was, was_shown), (now, shown) = first.get(key, absent), own.get(key, absent)
                 if was != now:
                     raise Miss(f"{name} differs from {self.path}.0 in {key}: {shown} instead of {was_shown}")
+
+
+def find_experts(model: nn.Module, done: Callable[[nn.Module], bool]) -> Iterator[tuple[str, str]]:
+    """``(path of a module, path of its experts in it)`` of whatever has the structure of experts.
+
+    A module that is ``done`` counts as one, and nothing inside it does.
+    """
+    finished: list[str] = []
+    for path, module in model.named_modules():
+        if any(path.startswith(f"{outer}.") for outer in finished):
+            continue
+        if done(module):
+            finished.append(path)
+            yield path, ""
+            continue
+        for name, child in module.named_children():
+            if expert_modules(child):
+                yield path, name
+        if stacked_experts(module):
+            yield path, ""
 
 
 def expert_modules(holder: nn.Module) -> list[nn.Module]:
@@ -141,7 +161,7 @@ def stacked_experts(holder: nn.Module) -> int:
     return sizes[0] if len(sizes) >= 2 and len(set(sizes)) == 1 and sizes[0] >= 2 else 0
 
 
-def _signature(module: nn.Module) -> Iterator[tuple[str, tuple[Any, str]]]:
+def signature(module: nn.Module) -> Iterator[tuple[str, tuple[Any, str]]]:
     """Everything that decides what a module computes, except its parameters' values: ``(name, (key, shown))``."""
     for path, child in module.named_modules():
         prefix = f"{path}." if path else ""

@@ -237,8 +237,10 @@ def _experts_int8_64(x, weights, ids, w13, w13_scale, w2, w2_scale, *, dynamic_a
     return y
 
 
-def _experts_int4_64(x, weights, ids, w13, w13_scale, w2, w2_scale, w13_zero=None, w2_zero=None):
-    """Nibble by nibble."""
+def _experts_int4_64(
+    x, weights, ids, w13, w13_scale, w2, w2_scale, w13_zero=None, w2_zero=None, *, dynamic_activations=False
+):
+    """Nibble by nibble; W4A8 by rounding every group of a row to its own 255 steps first."""
 
     def widen(packed, scale, zero):
         size = packed.shape[-1] * 2
@@ -250,7 +252,22 @@ def _experts_int4_64(x, weights, ids, w13, w13_scale, w2, w2_scale, w13_zero=Non
             columns.append((nibble - middle).double() * scale[..., i // group])
         return torch.stack(columns, -1)
 
-    return _experts64(x, weights, ids, widen(w13, w13_scale, w13_zero), widen(w2, w2_scale, w2_zero))
+    w13, w2 = widen(w13, w13_scale, w13_zero), widen(w2, w2_scale, w2_zero)
+    if not dynamic_activations:
+        return _experts64(x, weights, ids, w13, w2)
+
+    def rounded(row, n_groups):
+        parts = row.chunk(n_groups)
+        steps = [part.abs().max() / 127 for part in parts]
+        return torch.cat([(part / step).round() * step for part, step in zip(parts, steps, strict=True)])
+
+    y = torch.zeros_like(x)
+    for token in range(ids.shape[0]):
+        for weight, e in zip(weights[token], ids[token].tolist(), strict=True):
+            gate, up = (w13[e] @ rounded(x[token], w13_scale.shape[-1])).chunk(2)
+            h = gate / (1 + (-gate).exp()) * up
+            y[token] += w2[e] @ rounded(h, w2_scale.shape[-1]) * weight
+    return y
 
 
 IN_FLOAT64 = dict(

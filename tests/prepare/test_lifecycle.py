@@ -96,7 +96,7 @@ def test_moving_prepares_again(zoo, fused):
         model.to(torch.bfloat16)
         assert storages(model) == size // 2
         assert model.blocks[0]._moe_fx.w13.dtype == torch.bfloat16
-        torch.testing.assert_close(compiled(x.bfloat16()), model(x.bfloat16()))
+        torch.testing.assert_close(compiled(x.bfloat16()), model(x.bfloat16()), rtol=2e-2, atol=2e-2)
     assert len(reports) == 2
 
 
