@@ -2,6 +2,7 @@
 #
 #   make demo     show what moe-fx does to a model
 #   make test     run the tests; pass arguments to pytest with ARGS, as in: make test ARGS="-k route -x"
+#   make test-arm cross-compile the C++ tests for Arm and run them under QEMU (part of make test where tools are there)
 #   make lint     check style and types of Python and C++
 #   make docs     regenerate the generated pages of docs/
 #   make format   bring Python and C++ into that style
@@ -20,13 +21,28 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml $(shell find CMakeLists.txt csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test lint format docs wheel clean
+.PHONY: demo test test-arm lint format docs wheel clean
 
 demo: $(VENV)/models.installed
 	$(BIN)/python -m moe_fx.demo $(ARGS)
 
 test: $(VENV)/test.installed
 	$(BIN)/pytest $(ARGS)
+
+# Debian: apt-get install cmake doctest-dev g++-aarch64-linux-gnu qemu-user-static. An emulator takes a sample of the
+# larger grids of cases. The last two processors lack i8mm, and i8mm and dotprod: they must not be given code with it.
+QEMU := qemu-aarch64-static -L /usr/aarch64-linux-gnu
+ARM_TESTS := build/native-arm/moe_fx_tests --minimal
+ENGINE_TESTS := --source-file='*test_engine.cpp'
+
+test-arm:
+	cmake -S csrc/tests -B build/native-arm -DCMAKE_TOOLCHAIN_FILE="$(CURDIR)/cmake/aarch64-linux-gnu.cmake"
+	cmake --build build/native-arm
+	MOE_FX_TEST_SAMPLE=10 $(QEMU) -cpu max $(ARM_TESTS)
+	MOE_FX_TEST_SAMPLE=20 MOE_FX_ISA=neon $(QEMU) -cpu max $(ARM_TESTS) $(ENGINE_TESTS)
+	MOE_FX_TEST_SAMPLE=40 MOE_FX_ISA=scalar $(QEMU) -cpu max $(ARM_TESTS) $(ENGINE_TESTS)
+	MOE_FX_TEST_SAMPLE=80 $(QEMU) -cpu neoverse-n1 $(ARM_TESTS)
+	MOE_FX_TEST_SAMPLE=80 $(QEMU) -cpu cortex-a72 $(ARM_TESTS)
 
 # mypy reads moe_fx through a folder of links in the shape of the installed package (see pyproject.toml).
 lint: $(VENV)/lint.installed

@@ -569,11 +569,21 @@ std::vector<Variation> variations() {
   return all;
 }
 
-bool sampled() {
+// How many cases stand for one that is run; more under ThreadSanitizer, which slows everything down twentyfold.
+int sample() {
+#if defined(__SANITIZE_THREAD__)
+  constexpr int kUnlessTold = 6;
+#else
+  constexpr int kUnlessTold = 1;
+#endif
   static const char* const text = std::getenv("MOE_FX_TEST_SAMPLE");
-  static const int every = text == nullptr ? 1 : std::max(1, std::atoi(text));
+  static const int every = text == nullptr ? kUnlessTold : std::max(1, std::atoi(text));
+  return every;
+}
+
+bool sampled() {
   static int count = 0;
-  return count++ % every == 0;
+  return count++ % sample() == 0;
 }
 
 // MOE_FX_ISA while it lives.
@@ -695,27 +705,26 @@ TEST_CASE("results are the same for any number of threads and segments, bit for 
 #if !defined(__SANITIZE_THREAD__)
   if (dlopen("libgomp.so.1", RTLD_NOW) != nullptr) use_openmp("libgomp.so.1");
 #endif
-  for (const Kernels* kernels : tables()) {
-    const ForcedIsa forced(*kernels);
-    for (Case test : format_cases()) {
-      for (const std::int64_t tokens : {1, 7, 140}) {
-        if (!sampled()) continue;
-        test.tokens = tokens;
-        test.hidden *= 3;
-        test.segments = 1;
-        const TestLayer layer(test);
-        const auto expected = result_of(test, layer, 1);
-        for (const int threads : {2, 3, 5, 8}) {
-          CHECK_MESSAGE(result_of(test, layer, threads) == expected,
+  for (Case test : format_cases()) {
+    test.hidden *= 3;
+    std::vector<std::unique_ptr<TestLayer>> layers;  // by segments
+    for (test.segments = 1; test.segments <= (is_packed(test.format) ? 3 : 1); ++test.segments) {
+      layers.push_back(std::make_unique<TestLayer>(test));
+    }
+    for (const std::int64_t tokens : {1, 7, 140}) {
+      if (!sampled()) continue;
+      test.tokens = tokens;
+      for (const Kernels* kernels : tables()) {
+        const ForcedIsa forced(*kernels);
+        const auto expected = result_of(test, *layers.front(), 1);
+        for (const int threads : {2, 3, 5}) {
+          CHECK_MESSAGE(result_of(test, *layers.front(), threads) == expected,
                         std::string(kernels->name) << ", " << test.name << ", " << threads << " threads");
         }
-        for (int segments = 2; is_packed(test.format) && segments <= 3; ++segments) {
-          test.segments = segments;
-          const TestLayer spread(test);
-          CHECK_MESSAGE(result_of(test, spread, 2) == expected,
-                        std::string(kernels->name) << ", " << test.name << ", " << segments << " segments");
+        for (const auto& layer : layers) {
+          CHECK_MESSAGE(result_of(test, *layer, 2) == expected, std::string(kernels->name)
+                                                                    << ", " << test.name << ", segments spread");
         }
-        test.hidden /= 3;
       }
     }
   }
@@ -836,14 +845,13 @@ TEST_CASE("a submission waits for its own previous run, and its end for the last
 // A number made of the results of one case of each format and table.
 std::string digest() {
   std::uint64_t hash = 14695981039346656037ULL;  // FNV-1a
-  for (const Kernels* kernels : tables()) {
-    const ForcedIsa forced(*kernels);
-    for (Case test : format_cases()) {
-      test.segments = is_packed(test.format) ? 2 : 1;
-      test.hidden *= 3;
-      for (const std::int64_t tokens : {2, 70}) {
-        test.tokens = tokens;
-        const TestLayer layer(test);
+  for (Case test : format_cases()) {
+    test.segments = is_packed(test.format) ? 2 : 1;
+    test.hidden *= 3;
+    const TestLayer layer(test);
+    for (test.tokens = 2; test.tokens < 80; test.tokens += 68) {
+      for (const Kernels* kernels : tables()) {
+        const ForcedIsa forced(*kernels);
         for (const std::uint8_t byte : result_of(test, layer, 1))
           hash = (hash ^ byte) * 1099511628211ULL;
       }
@@ -887,11 +895,9 @@ TEST_CASE("everything holds, with the same results, on made-up nodes and pinned 
   const std::string first = std::to_string(cpus.front()), last = std::to_string(cpus.back());
   std::vector<std::string> changes = {"MOE_FX_THREADS=1", "MOE_FX_NUMA=" + first};
   if (cpus.size() > 1) changes.push_back("MOE_FX_NUMA=" + first + ";" + last);
-  const char* const sample = std::getenv("MOE_FX_TEST_SAMPLE");
   for (const std::string& change : changes) {
-    const int every = 4 * (sample == nullptr ? 1 : std::max(1, std::atoi(sample)));
     const int status =
-        status_with({change, "MOE_FX_TEST_DIGEST=" + found, "MOE_FX_TEST_SAMPLE=" + std::to_string(every)});
+        status_with({change, "MOE_FX_TEST_DIGEST=" + found, "MOE_FX_TEST_SAMPLE=" + std::to_string(4 * sample())});
     if (status == -1) {
       MESSAGE("skipped: this system does not run the program again from within; set " << change << " outside");
       return;

@@ -558,7 +558,7 @@ TEST_CASE("widen and narrow touch nothing but their values") {
           const auto count = static_cast<std::size_t>(n);
           const Guarded wide(count * 4, at_end), narrow(count * dtype_bytes(dtype), at_end), back(count * 4, at_end);
           const auto values = normal_values(count, 51);
-          std::memcpy(wide.bytes(), values.data(), count * 4);
+          std::copy(values.begin(), values.end(), wide.floats());
           kernels->narrow(dtype, wide.floats(), n, narrow.bytes());
           kernels->widen(dtype, narrow.bytes(), n, back.floats());
           const float step = dtype == DType::f32 ? 0.0F : dtype == DType::bf16 ? 1.0F / 256 : 1.0F / 2048;

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_fx import _C
-from moe_fx.lowering.cpu.packing import Packer, PackedSpec
+from moe_fx.lowering.cpu.packing import PackedSpec, Packer
 
 HIDDEN, INTER, EXPERTS, TOP_K, TOKENS = 128, 64, 6, 2, 5
 

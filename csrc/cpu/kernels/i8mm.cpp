@@ -53,25 +53,25 @@ struct PairSums {
 
 template <class A, int M>
 struct Int8Matrix {
-  static void run(const Tile& tile, int first, bool fresh) {
-    PairSums<M> sums(tile.x + first);
-    Ahead ahead(tile, tile.weights + 64, int8_block_bytes(tile), fresh);
+  static void run(const Tile& tile, const Pass& pass) {
+    PairSums<M> sums(tile.x + pass.first);
+    FarAhead ahead(tile, tile.weights + 64, int8_block_bytes(tile), pass);
     const std::uint8_t* w = tile.weights + 64;
     const std::int64_t padded = tile.shape.padded();
     for (std::int64_t k = 0; k < padded; k += 8, w += 128) {
-      ahead.advance();
-      ahead.advance();
+      ahead.template advance<M>();
+      ahead.template advance<M>();
       int8x16_t values[PairSums<M>::kPairs];
       sums.load(k, values);
       for (int v = 0; v < A::kVectors; ++v)
         sums.add(v, A::load_int(w + v * 16), A::load_int(w + 64 + v * 16), values);
     }
     for (int i = 0; i < M; ++i) {
-      const auto scale = A::broadcast_float(row_scales(tile, first + i)[0]);
+      const auto scale = A::broadcast_float(row_scales(tile, pass.first + i)[0]);
       for (int v = 0; v < A::kVectors; ++v) {
         const auto weight_scale = A::load_float(reinterpret_cast<const float*>(tile.weights) + v * A::kLanes);
         const auto product = A::multiply(A::to_float(sums.of(i, v)), scale);
-        A::store_float(tile.out + (first + i) * kBlockRows + v * A::kLanes, A::multiply(product, weight_scale));
+        A::store_float(tile.out + (pass.first + i) * kBlockRows + v * A::kLanes, A::multiply(product, weight_scale));
       }
     }
   }
@@ -80,25 +80,25 @@ struct Int8Matrix {
 // The low and the high nibbles of 8 inputs are the two halves of a row's 8 bytes, in the order of the activations.
 template <class A, int M>
 struct Int4Matrix {
-  static void run(const Tile& tile, int first, bool fresh) {
-    int4_group<A, M>(tile, first, fresh, 0.0F,
-                     [&](const std::uint8_t* w, std::int64_t g, std::int64_t size, Ahead& ahead,
-                         typename A::Float(&out)[M][A::kVectors]) {
-                       PairSums<M> sums(tile.x + first);
-                       for (std::int64_t k = g * size; k < (g + 1) * size; k += 8, w += 64) {
-                         ahead.advance();
-                         int8x16_t values[PairSums<M>::kPairs];
-                         sums.load(k, values);
-                         for (int v = 0; v < A::kVectors; ++v) {
-                           const auto raw = A::load_int(w + v * 16);
-                           sums.add(v, A::low_nibbles(raw), A::high_nibbles(raw), values);
-                         }
-                       }
-                       for (int i = 0; i < M; ++i) {
-                         for (int v = 0; v < A::kVectors; ++v)
-                           out[i][v] = A::to_float(sums.of(i, v));
-                       }
-                     });
+  static void run(const Tile& tile, const Pass& pass) {
+    int4_group<A, M, FarAhead>(tile, pass, 0.0F,
+                               [&](const std::uint8_t* w, std::int64_t g, std::int64_t size, auto& ahead,
+                                   typename A::Float(&out)[M][A::kVectors]) {
+                                 PairSums<M> sums(tile.x + pass.first);
+                                 for (std::int64_t k = g * size; k < (g + 1) * size; k += 8, w += 64) {
+                                   ahead.template advance<M>();
+                                   int8x16_t values[PairSums<M>::kPairs];
+                                   sums.load(k, values);
+                                   for (int v = 0; v < A::kVectors; ++v) {
+                                     const auto raw = A::load_int(w + v * 16);
+                                     sums.add(v, A::low_nibbles(raw), A::high_nibbles(raw), values);
+                                   }
+                                 }
+                                 for (int i = 0; i < M; ++i) {
+                                   for (int v = 0; v < A::kVectors; ++v)
+                                     out[i][v] = A::to_float(sums.of(i, v));
+                                 }
+                               });
   }
 };
 

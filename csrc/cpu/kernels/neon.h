@@ -83,8 +83,7 @@ struct NeonDense {
   using Weights = float32x4_t;
   static constexpr std::int64_t kStep = 4;
   static constexpr int kMaxM = 4;  // 4 x 4 sums, 4 weights and 4 rows of activations: more is spilled by GCC 12
-  // Four rows at a time even for one token: the sums of one row are too few to hide a multiply-add's latency.
-  static constexpr int kMaxStreamed = 0;
+  static constexpr int kMaxStreamed = 1;
 
   static Vector zero() { return vdupq_n_f32(0.0F); }
   static Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
