@@ -9,27 +9,6 @@ namespace {
 #include "cpu/kernels/elementwise.inl"
 #include "cpu/kernels/packed.inl"
 
-void narrow(DType dtype, const float* values, std::int64_t n, void* out) {
-  for (std::int64_t i = 0; i < n; i += 16) {
-    const auto mask = static_cast<__mmask16>(n - i >= 16 ? 0xffffU : (1U << (n - i)) - 1U);
-    const __m512 wide = _mm512_maskz_loadu_ps(mask, values + i);
-    if (dtype == DType::f32) {
-      _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, wide);
-    } else if (dtype == DType::f16) {
-      const __m256i half = _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-      _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, mask, half);
-    } else {
-      std::uint16_t rounded[16];
-      alignas(64) float lanes[16];
-      _mm512_store_ps(lanes, wide);
-      for (int lane = 0; lane < 16; ++lane)
-        rounded[lane] = to_bf16(lanes[lane]);
-      _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, mask,
-                               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded)));
-    }
-  }
-}
-
 ActivationForm exact_form(WeightFormat, DType) { return ActivationForm::f32; }
 
 }  // namespace

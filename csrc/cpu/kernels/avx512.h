@@ -125,5 +125,29 @@ inline void widen(DType dtype, const void* values, std::int64_t n, float* out) {
   }
 }
 
+// bf16 by integer arithmetic: VCVTNEPS2BF16 would flush subnormals.
+inline __m256i bf16_of(__m512 wide) {
+  const __m512i bits = _mm512_castps_si512(wide);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(wide, wide, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+}
+
+inline void narrow(DType dtype, const float* values, std::int64_t n, void* out) {
+  for (std::int64_t i = 0; i < n; i += 16) {
+    const auto mask = static_cast<__mmask16>(n - i >= 16 ? 0xffffU : (1U << (n - i)) - 1U);
+    const __m512 wide = _mm512_maskz_loadu_ps(mask, values + i);
+    if (dtype == DType::f32) {
+      _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, wide);
+    } else {
+      const __m256i half =
+          dtype == DType::f16 ? _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) : bf16_of(wide);
+      _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, mask, half);
+    }
+  }
+}
+
 }  // namespace
 }  // namespace moe_fx::cpu

@@ -66,20 +66,6 @@ struct Int4Bf16 {
   }
 };
 
-void narrow(DType dtype, const float* values, std::int64_t n, void* out) {
-  for (std::int64_t i = 0; i < n; i += 16) {
-    const auto mask = static_cast<__mmask16>(n - i >= 16 ? 0xffffU : (1U << (n - i)) - 1U);
-    const __m512 wide = _mm512_maskz_loadu_ps(mask, values + i);
-    if (dtype == DType::f32) {
-      _mm512_mask_storeu_ps(static_cast<float*>(out) + i, mask, wide);
-    } else {
-      const __m256i half = dtype == DType::f16 ? _mm512_cvtps_ph(wide, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-                                               : __builtin_bit_cast(__m256i, _mm512_cvtneps_pbh(wide));
-      _mm256_mask_storeu_epi16(static_cast<std::uint16_t*>(out) + i, mask, half);
-    }
-  }
-}
-
 ActivationForm exact_form(WeightFormat weights, DType x) {
   const bool multiplies_bf16 = weights == WeightFormat::bf16 || weights == WeightFormat::int4;
   return x == DType::bf16 && multiplies_bf16 ? ActivationForm::bf16 : ActivationForm::f32;
