@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -29,13 +30,6 @@ namespace {
 
 // (address, bytes between experts, bytes between rows)
 using Strided = std::tuple<std::uintptr_t, std::size_t, std::size_t>;
-
-DType dtype_named(std::string_view name) {
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-    if (dtype_name(dtype) == name) return dtype;
-  }
-  throw std::invalid_argument("dtype is '" + std::string(name) + "'; it must be 'f32', 'bf16' or 'f16'");
-}
 
 ActivationSpec activation_of(std::string_view name, double alpha, std::optional<double> limit, bool gated) {
   constexpr std::pair<std::string_view, Activation> names[] = {
@@ -189,7 +183,7 @@ void bind_engine(py::module_& module) {
       [](std::uintptr_t address, std::size_t bytes) { return make_huge(reinterpret_cast<void*>(address), bytes); },
       "Turns the pages of a range into huge ones where they lie, contents unchanged; whether the system did.");
   module.def(
-      "topology_segments", [] { return static_cast<int>(current_topology().nodes.size()); },
+      "topology_segments", [] { return std::min(static_cast<int>(current_topology().nodes.size()), kMaxSegments); },
       "The number of memory nodes that weights packed here should be spread over.");
   module.def(
       "streaming_read_seconds",

@@ -27,13 +27,6 @@ T* pointer(std::uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-DType dtype_named(std::string_view name) {
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
-    if (dtype_name(dtype) == name) return dtype;
-  }
-  throw std::invalid_argument("dtype is '" + std::string(name) + "'; it must be 'f32', 'bf16' or 'f16'");
-}
-
 WeightFormat format_named(std::string_view name) {
   for (const WeightFormat format : {WeightFormat::bf16, WeightFormat::f16, WeightFormat::int8, WeightFormat::int4}) {
     if (format_name(format) == name) return format;

@@ -26,8 +26,6 @@ constexpr int kChunk = 64;
 constexpr std::int64_t kUnitsPerThread = 4;
 // Bytes of results that a thread gathers in its unit of the last phase, to stay in its second-level cache.
 constexpr std::int64_t kUnitBytes = 256 << 10;
-// Memory nodes that rows may be spread over.
-constexpr int kMaxSegments = 16;
 
 std::int64_t blocks_of(std::int64_t rows) { return (rows + kBlockRows - 1) / kBlockRows; }
 
@@ -116,7 +114,7 @@ struct Scratch {
   float* weights;          // [kChunk]
   float** sums;            // [kChunk]
   float* output;           // [T][blocks of a unit * 16]
-  float* row;              // [max(H, I) padded]
+  float* row;              // [padded H]
 };
 
 // A call's shared scratch memory, carved out of the workspace.
@@ -310,6 +308,7 @@ class Run {
     const std::size_t row_bytes = static_cast<std::size_t>(layer_.hidden) * dtype_bytes(call_.x_dtype);
     const std::int64_t rows = layer_.weight_on_input ? tokens_ * call_.top_k : tokens_;
     for (std::int64_t row = inputs_.next++; row < rows; row = inputs_.next++) {
+      if (layer_.weight_on_input && local_expert(row) < 0) continue;
       const std::int64_t token = layer_.weight_on_input ? row / call_.top_k : row;
       kernels_.widen(call_.x_dtype, x + static_cast<std::size_t>(token) * row_bytes, layer_.hidden, scratch.row);
       if (layer_.weight_on_input) weigh_row(row, scratch.row);
@@ -590,6 +589,12 @@ void check(const Layer& layer, const Call& call) {
   } else {
     require(!layer.int8_activations, "int8 activations need int8 or int4 weights");
     require(layer.gate.data != nullptr && layer.down.data != nullptr, "a weight is missing");
+    const auto rows_are_apart = [](const DenseMatrix& matrix, std::int64_t inputs) {
+      return matrix.data == nullptr || matrix.row_stride >= static_cast<std::size_t>(inputs) * 2;
+    };
+    require(rows_are_apart(layer.gate, layer.hidden) && rows_are_apart(layer.up, layer.hidden) &&
+                rows_are_apart(layer.down, layer.intermediate),
+            "a weight's rows overlap");
     require(!layer.activation.gated || layer.up.data != nullptr, "the up projection of gated experts is missing");
     const DType weights = layer.format == WeightFormat::f16 ? DType::f16 : DType::bf16;
     require(call.x_dtype == weights, "x is " + std::string(dtype_name(call.x_dtype)) + ", the weights are " +
@@ -642,7 +647,8 @@ std::size_t workspace_bytes(const Layer& layer, const Call& call, const Kernels&
 bool runs_on_own_threads() {
   static const bool own = [] {
     const Topology topology = current_topology();
-    return topology.nodes.size() > 1 || topology.made_up || std::getenv("MOE_FX_THREADS") != nullptr;
+    const char* const threads = std::getenv("MOE_FX_THREADS");
+    return topology.nodes.size() > 1 || topology.made_up || (threads != nullptr && *threads != '\0');
   }();
   return own;
 }
@@ -693,7 +699,7 @@ struct Submission::State {
   const Kernels& kernels;
   HugeBuffer workspace;
   Run run;
-  std::uint64_t ticket = 0;  // of the latest run; 0 before the first
+  std::atomic<std::uint64_t> ticket{0};  // of the latest run; 0 before the first
 };
 
 Submission::Submission(Layer layer, const Call& call) {

@@ -6,7 +6,7 @@
 //   activation;
 //   3. units of output rows over all experts: the down products, weighted and summed per token in a fixed order.
 // Every weight is read once per call. Units are handed out one by one within a memory node; a unit's weights lie on
-// that node. No two threads write to one cache line, and results do not depend on the number of threads.
+// that node. Results do not depend on the number of threads.
 //
 // Numerical contract. Sums are taken in fp32 (int8 activations: in int32 within a scale group, then fp32). Dense
 // weights: products of activations and weights in their own dtype, exact in fp32; the activation function in fp32; its
@@ -61,6 +61,9 @@ struct Layer {
   std::shared_ptr<const PackedLayout> layout;
 };
 
+// Memory nodes that rows may be spread over; a machine with more shares these segments among all its threads.
+inline constexpr int kMaxSegments = 16;
+
 enum class IdType : std::uint8_t { i32, i64 };
 
 // One call's operands. All contiguous.
@@ -93,7 +96,8 @@ void run_on_team(int threads, Task task, void* context);
 
 // A call that is prepared once and then started and awaited again and again by whoever must neither allocate nor throw
 // nor hold Python's lock: a device stream's host callback, say. It runs on the process's pool. Each submission has
-// scratch memory of its own, so several (of several layers) can be in flight.
+// scratch memory of its own, so several (of several layers) can be in flight. It belongs to the process that made it: a
+// forked child makes its own.
 class Submission {
  public:
   // `call.tokens` is the most tokens that a run may have. All memory that layer and call point to must outlive this.
@@ -105,7 +109,8 @@ class Submission {
 
   // Starts a run of the first `tokens` tokens and returns at once; waits only for this object's own previous run.
   void submit(std::int64_t tokens) noexcept;
-  // Returns when the latest run is done.
+  // Returns when the latest run that was started before this call is done: what starts runs on a stream must be waited
+  // for behind it on that stream.
   void wait() noexcept;
   bool done() const noexcept;
 

@@ -47,6 +47,13 @@ std::string_view dtype_name(DType dtype) {
   return {};
 }
 
+DType dtype_named(std::string_view name) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16}) {
+    if (dtype_name(dtype) == name) return dtype;
+  }
+  throw std::invalid_argument("dtype is '" + std::string(name) + "'; it must be 'f32', 'bf16' or 'f16'");
+}
+
 std::string_view format_name(WeightFormat format) {
   switch (format) {
     case WeightFormat::bf16: return "bf16";

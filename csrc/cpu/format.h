@@ -36,6 +36,8 @@ enum class WeightFormat : std::uint8_t { bf16, f16, int8, int4 };
 inline constexpr std::size_t kWeightFormats = 4;
 
 std::string_view dtype_name(DType dtype);
+// The dtype of that name. Throws std::invalid_argument when there is none.
+DType dtype_named(std::string_view name);
 std::string_view format_name(WeightFormat format);
 inline constexpr std::size_t dtype_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 inline constexpr bool is_packed(WeightFormat format) {

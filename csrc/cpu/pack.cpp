@@ -401,6 +401,8 @@ void pack_float_as_int4(std::uint8_t* buffer, const Target& target, const FloatR
 
 void begin_packing(std::uint8_t* buffer, const PackedLayout& layout, const Topology& topology) {
   write_header(buffer, layout.spec());
+  // Packed for fewer nodes than there are, weights would fill some nodes and leave the others empty.
+  if (layout.spec().segments < static_cast<int>(topology.nodes.size())) return;
   for (int segment = 0; segment < layout.spec().segments; ++segment) {
     const TopologyNode& node = topology.nodes[static_cast<std::size_t>(segment) % topology.nodes.size()];
     const std::size_t begin = layout.segment_begin(segment);

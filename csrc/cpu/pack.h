@@ -42,7 +42,8 @@ struct Int4Rows {
   std::size_t zero_stride = 0;
 };
 
-// Writes the header and binds each segment's pages to its node of the topology (segment i to node i modulo nodes).
+// Writes the header and binds each segment's pages to its node of the topology (segment i to node i modulo nodes),
+// unless there are fewer segments than nodes.
 void begin_packing(std::uint8_t* buffer, const PackedLayout& layout, const Topology& topology);
 
 // Quantises and writes one projection of one expert by rounding to nearest (ties to even).

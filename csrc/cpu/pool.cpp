@@ -15,6 +15,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/cpu_info.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -231,7 +233,7 @@ Pool::Pool(const Topology& topology) : state_(std::make_unique<State>()) {
   // A pool on every CPU of the process shares one of them with whoever submits and waits. Spinning there takes the
   // partner's CPU for as long as the system lets it: the waiter sleeps at once, and idle workers give way as they spin.
   using std::chrono::microseconds;
-  const bool takes_every_cpu = state_->size >= static_cast<int>(std::thread::hardware_concurrency());
+  const bool takes_every_cpu = state_->size >= static_cast<int>(read_cpu_info().allowed_cpus.size());
   state_->worker_spin = takes_every_cpu ? Spin{microseconds(20), true} : Spin{microseconds(50), false};
   state_->waiter_spin = takes_every_cpu ? Spin{} : Spin{microseconds(50), false};
 

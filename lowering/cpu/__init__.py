@@ -81,7 +81,9 @@ def _weights_on_engine(node: fx.Node, module: ModuleType) -> str | None:
 
 def _dense_weights(node: fx.Node, module: ModuleType) -> str | None:
     matrices = [_value(arg) for arg in (*node.args[3:5], *node.args[7:8]) if arg is not None]
-    rows_in_place = all(w.dtype in module.DENSE_DTYPES and w.stride(2) == 1 for w in matrices)
+    rows_in_place = all(
+        w.dtype in module.DENSE_DTYPES and w.stride(2) == 1 and w.stride(1) >= w.shape[2] for w in matrices
+    )
     return None if node.kwargs.get("transposed") or not rows_in_place else _DTYPE_NAMES[matrices[0].dtype]
 
 

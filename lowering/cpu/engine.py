@@ -295,7 +295,7 @@ def _connect_openmp() -> bool:
 def openmp_library() -> str | None:
     """The OpenMP runtime that torch has loaded: torch's own among those in memory, else any, else what it ships."""
     pattern = re.compile(r"/lib(gomp|omp|iomp5)[^/]*\.(so|dylib)")
-    folder = str(Path(torch.__file__).parent)
+    folder = str(Path(torch.__file__).parent) + os.sep
     loaded: list[str] = []
     maps = Path("/proc/self/maps")
     if maps.exists():
@@ -314,8 +314,8 @@ def _use_huge_pages(weight: torch.Tensor) -> None:
     storage = weight.untyped_storage()
     if storage._cdata in _SEEN:
         return
-    for key in [key for key, reference in _SEEN.items() if reference.expired()]:
-        del _SEEN[key]
+    for key in [key for key, reference in list(_SEEN.items()) if reference.expired()]:
+        _SEEN.pop(key, None)
     _SEEN[storage._cdata] = StorageWeakRef(storage)
     if storage.nbytes() >= _HUGE_PAGE and os.environ.get("MOE_FX_HUGE_PAGES", "1") != "0":
         _C.make_huge(storage.data_ptr(), storage.nbytes())

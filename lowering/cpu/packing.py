@@ -99,7 +99,9 @@ class Packer:
     def int8(self, expert: int, projection: str, weight: torch.Tensor, scales: torch.Tensor) -> None:
         """Take over int8 values [N, K] with one scale [N] per row."""
         self._check(projection, weight.shape)
-        weight, scales = _rows(weight), scales.to(torch.float32)
+        self._check_operand(projection, "weights", weight, tuple(weight.shape), torch.int8)
+        self._check_operand(projection, "scales", scales, (weight.shape[0],))
+        weight, scales = _rows(weight), scales.to(torch.float32).contiguous()
         where = (weight.data_ptr(), weight.stride(0), scales.data_ptr(), scales.stride(0))
         _C.pack_int8(*self._place, expert, projection, *where, torch.get_num_threads())
 
@@ -107,22 +109,39 @@ class Packer:
         self, expert: int, projection: str, nibbles: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None
     ) -> None:
         """Take over nibbles: bytes [N, K/2] (the lower input in the low nibble), scales and uint8 zeros [N, K/g]."""
-        self._check(projection, (nibbles.shape[0], 2 * nibbles.shape[1]))
-        nibbles, scales = _rows(nibbles), _rows(scales.to(torch.float32))
-        zeros = None if zeros is None else _rows(zeros)
+        outputs, inputs = nibbles.shape[0], 2 * nibbles.shape[1]
+        self._check(projection, (outputs, inputs))
+        groups = (outputs, inputs // self.spec.group)
+        self._check_operand(projection, "weights", nibbles, tuple(nibbles.shape), torch.uint8)
+        self._check_operand(projection, "scales", scales, groups)
+        nibbles, scales = _rows(nibbles), scales.to(torch.float32).contiguous()
+        if zeros is not None:
+            self._check_operand(projection, "zero points", zeros, groups, torch.uint8)
+            zeros = zeros.contiguous()
         points = (0, 0) if zeros is None else (zeros.data_ptr(), zeros.stride(0))
         where = (nibbles.data_ptr(), nibbles.stride(0), scales.data_ptr(), scales.stride(0), *points)
         _C.pack_int4(*self._place, expert, projection, *where, torch.get_num_threads())
 
     def bias(self, expert: int, projection: str, bias: torch.Tensor) -> None:
         """Write a bias [N]."""
-        bias = bias.detach().to(torch.float32)
+        self._check_operand(projection, "biases", bias, self.spec.rows(projection)[:1])
+        bias = bias.detach().to(torch.float32).contiguous()
         _C.pack_bias(*self._place, expert, projection, bias.data_ptr(), bias.stride(0))
 
     def _check(self, projection: str, size: tuple[int, ...] | torch.Size) -> None:
         wanted = self.spec.rows(projection)
         if tuple(size) != wanted:
             raise ValueError(f"the {projection} projection must be {list(wanted)}, not {list(size)}")
+
+    @staticmethod
+    def _check_operand(
+        projection: str, what: str, operand: torch.Tensor, wanted: tuple[int, ...], dtype: torch.dtype | None = None
+    ) -> None:
+        """The engine is given addresses: nothing behind this would notice operands that do not fit."""
+        if tuple(operand.shape) != wanted or (dtype is not None and operand.dtype != dtype):
+            found = f"{operand.dtype} {list(operand.shape)}"
+            expected = f"{dtype or 'numbers'} {list(wanted)}"
+            raise ValueError(f"the {projection} projection's {what} must be {expected}, not {found}")
 
 
 def read_spec(packed: torch.Tensor) -> PackedSpec:
@@ -136,13 +155,13 @@ def read_spec(packed: torch.Tensor) -> PackedSpec:
 
 def unpack(packed: torch.Tensor, expert: int, projection: str) -> torch.Tensor:
     """One projection's weight [N, K] as the engine computes with it, fp32."""
-    out = torch.empty(read_spec(packed).rows(projection))
+    out = torch.empty(read_spec(packed).rows(projection), dtype=torch.float32, device="cpu")
     _C.unpack(packed.data_ptr(), packed.numel(), expert, projection, out.data_ptr())
     return out
 
 
 def copy_packed(packed: torch.Tensor) -> torch.Tensor:
-    """A copy in the engine's own memory: huge pages, each segment on its memory node."""
+    """A copy in the engine's own memory: huge pages, on memory nodes where it was packed for as many as there are."""
     packer = Packer(read_spec(packed))
     packer.packed.copy_(packed)
     return packer.packed

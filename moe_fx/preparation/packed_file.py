@@ -7,6 +7,7 @@ header is padded so that tensors start on pages of memory when the file is mappe
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,18 @@ def save_packed(model: nn.Module, path: str | Path) -> None:
     header = json.dumps(entries).encode()
     header += b" " * (-(len(header) + 8) % _PAGE)
     # Written by hand: safetensors' own writer copies all tensors first, as much memory again.
-    with Path(path).open("wb") as file:
-        file.write(len(header).to_bytes(8, "little"))
-        file.write(header)
-        for tensor in packed.values():
-            file.write(memoryview(tensor.numpy()))
+    # Put in place when it is whole: the file of that name may be mapped, by these very tensors even.
+    whole = Path(path)
+    partial = whole.with_name(f"{whole.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little"))
+            file.write(header)
+            for tensor in packed.values():
+                file.write(memoryview(tensor.numpy()))
+        partial.replace(whole)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_packed(model: nn.Module, path: str | Path, *, copy: bool = False) -> PrepareReport:

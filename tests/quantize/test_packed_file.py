@@ -163,3 +163,32 @@ def test_a_model_with_more_blocks_keeps_them(saved, zoo):
 def test_nothing_to_save(zoo, tmp_path):
     with pytest.raises(UnsupportedError, match=r"prepare\(model, quantize="):
         moe_fx.save_packed(zoo.Model(zoo.LoopBlock()), tmp_path / "x.safetensors")
+
+
+def test_a_file_is_saved_over_itself_while_it_is_mapped(saved, zoo):
+    """What is written are pages of the very file of that name."""
+    path, model = saved
+    before = path.read_bytes()
+    fresh, x = new_model(zoo, model), torch.randn(9, 64)
+    moe_fx.load_packed(fresh, path)
+    moe_fx.save_packed(fresh, path)
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    with torch.no_grad():
+        assert torch.equal(fresh(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("scales", "weight", "complaint"),
+    [
+        (torch.ones(2), torch.zeros(32, 64, dtype=torch.int8), "scales must be"),
+        (torch.ones(32), torch.zeros(32, 64, dtype=torch.uint8), "weights must be"),
+    ],
+    ids=["scales", "dtype"],
+)
+def test_operands_that_do_not_fit_never_reach_the_engine(scales, weight, complaint):
+    packer = packing.Packer(packing.PackedSpec("int8", 1, 64, 32, True, 0, True, False, 1))
+    with pytest.raises(ValueError, match=complaint):
+        packer.int8(0, "gate", weight, scales)
+    with pytest.raises(ValueError, match="biases must be"):
+        packer.bias(0, "gate", torch.ones(3))
