@@ -187,7 +187,7 @@ def test_a_file_is_saved_over_itself_while_it_is_mapped(saved, zoo):
     ids=["scales", "dtype"],
 )
 def test_operands_that_do_not_fit_never_reach_the_engine(scales, weight, complaint):
-    packer = packing.Packer(packing.PackedSpec("int8", 1, 64, 32, True, 0, True, False, 1))
+    packer = packing.Packer(packing.PackedSpec("int8", 1, 64, 32, True, 0, False, True, 1))
     with pytest.raises(ValueError, match=complaint):
         packer.int8(0, "gate", weight, scales)
     with pytest.raises(ValueError, match="biases must be"):
