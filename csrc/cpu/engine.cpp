@@ -282,8 +282,8 @@ class Run {
     return buffers_.shares[(phase * kMaxSegments + segment) * threads_ + part];
   }
 
-  // Calls `function(owner, unit, next)` for the thread's own units, then for those that others have left; `units(part)`
-  // is the number of a part's units, `next` the unit that the thread will do next, or -1.
+  // Calls `function(owner, unit, next)` for the thread's own units, then for those that others have left: `owner` is
+  // the part whose unit it is, `next` the unit that the thread will do next, or -1.
   template <class Function>
   void for_units(int phase, int segment, const Part& mine, Function function) {
     for (int i = 0; i < mine.count; ++i) {
