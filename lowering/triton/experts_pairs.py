@@ -1,0 +1,194 @@
+"""Fused experts for a few tokens: each (token, expert) pair reads its expert's rows, two launches in all.
+
+``gate_up_pairs_kernel`` turns tokens into h [pairs, I]; ``down_pairs_kernel`` turns h into y [T, H], the weighted sum
+over a token's pairs included. Such calls are bound by reading weights, so products are plain fp32 multiply-adds: no
+tensor core, no padding to a tile of tokens, and what a block holds is reduced once, after its last step along K.
+
+On CUDA a block should be BLOCK_K = 32 lanes * 16 bytes * num_warps wide: then weights and activations have one layout,
+loads are 16 bytes a lane, and no shared memory or barrier comes between them.
+"""
+
+import triton
+import triton.language as tl
+
+from .activation import activate
+
+
+@triton.jit
+def gate_up_pairs_kernel(
+    x,
+    weights,
+    ids,
+    w_gate,
+    w_up,
+    b_gate,
+    b_up,
+    h,
+    n_pairs,
+    x_stride,
+    alpha,
+    limit,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    INTER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    W_E: tl.constexpr,
+    W_N: tl.constexpr,
+    W_K: tl.constexpr,
+    UP_E: tl.constexpr,
+    UP_N: tl.constexpr,
+    UP_K: tl.constexpr,
+    B_E: tl.constexpr,
+    GATE_AT: tl.constexpr,
+    UP_AT: tl.constexpr,
+    STEP: tl.constexpr,
+    GATED: tl.constexpr,
+    ACT: tl.constexpr,
+    HAS_LIMIT: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """h[pair, i] = activation(gate, up) of the pair's token and expert; rows of pairs without an expert stay unwritten.
+
+    Args:
+        x: [T, H], rows x_stride apart. weights, ids: [T, TOP_K], dense.
+        w_gate, w_up: weights; expert e's element (n, k) lies at e * W_E + n * W_N + k * W_K (UP_* for w_up). Channel i
+            of the gate is row GATE_AT + i * STEP, of the up projection UP_AT + i * STEP. b_gate, b_up: None, or biases
+            with the same rows, experts B_E apart.
+        h: [n_pairs, I] in the model's dtype.
+        GATED: false leaves w_up unread. MERGED: gate and up alternate in memory (STEP 2) and are read as one block.
+    """
+    model = h.dtype.element_ty
+    N_BLOCKS: tl.constexpr = (INTER + BLOCK_N - 1) // BLOCK_N
+    ROWS: tl.constexpr = 2 * BLOCK_N if MERGED else BLOCK_N
+    for item in range(tl.program_id(0), n_pairs * N_BLOCKS, tl.num_programs(0)):
+        pair = item // N_BLOCKS
+        first = (item % N_BLOCKS) * BLOCK_N
+        expert = tl.load(ids + pair)
+        if (expert >= 0) & (expert < E):
+            k = tl.arange(0, BLOCK_K)[None, :]
+            if MERGED:
+                rows = 2 * first + tl.arange(0, ROWS)[:, None]
+                row_mask = rows < 2 * INTER
+            else:
+                rows = first + tl.arange(0, ROWS)[:, None]
+                row_mask = rows < INTER
+                rows = GATE_AT + rows * STEP
+            gate_at = w_gate + expert.to(tl.int64) * W_E + rows * W_N + k * W_K
+            up_at = w_up + expert.to(tl.int64) * UP_E + (rows + (UP_AT - GATE_AT)) * UP_N + k * UP_K
+            x_at = x + (pair // TOP_K).to(tl.int64) * x_stride + k
+            if WEIGHT_ON_INPUT:
+                weight = tl.load(weights + pair).to(tl.float32)
+            gate_sum = tl.zeros([ROWS, BLOCK_K], dtype=tl.float32)
+            up_sum = tl.zeros([ROWS, BLOCK_K], dtype=tl.float32)
+            for start in range(0, H, BLOCK_K):
+                k_mask = start + k < H
+                row = tl.load(x_at + start, mask=k_mask, other=0.0).to(tl.float32)
+                if WEIGHT_ON_INPUT:
+                    row = (row * weight).to(model).to(tl.float32)
+                mask = row_mask & k_mask
+                gate_sum += row * tl.load(gate_at + start * W_K, mask=mask, other=0.0).to(tl.float32)
+                if GATED and not MERGED:
+                    up_sum += row * tl.load(up_at + start * UP_K, mask=mask, other=0.0).to(tl.float32)
+            # Rounded to the model's dtype where the reference rounds: after the product, after the bias.
+            gate = tl.sum(gate_sum, axis=1).to(model)
+            up = tl.sum(up_sum, axis=1).to(model)
+            channel = first + tl.arange(0, BLOCK_N)
+            if MERGED:
+                both = gate.to(tl.float32)
+                if b_gate is not None:
+                    merged = 2 * first + tl.arange(0, ROWS)
+                    bias = tl.load(b_gate + expert.to(tl.int64) * B_E + merged, mask=merged < 2 * INTER, other=0.0)
+                    both = (both + bias.to(tl.float32)).to(model).to(tl.float32)
+                both = tl.reshape(both, [BLOCK_N, 2])
+                is_up = tl.arange(0, 2)[None, :] == 1
+                gate_value = tl.sum(tl.where(is_up, 0.0, both), axis=1)
+                up_value = tl.sum(tl.where(is_up, both, 0.0), axis=1)
+            else:
+                gate_value, up_value = gate.to(tl.float32), up.to(tl.float32)
+                if b_gate is not None:
+                    at = b_gate + expert.to(tl.int64) * B_E + GATE_AT
+                    bias = tl.load(at + channel * STEP, mask=channel < INTER, other=0.0)
+                    gate_value = (gate_value + bias.to(tl.float32)).to(model).to(tl.float32)
+                if GATED and b_up is not None:
+                    at = b_up + expert.to(tl.int64) * B_E + UP_AT
+                    bias = tl.load(at + channel * STEP, mask=channel < INTER, other=0.0)
+                    up_value = (up_value + bias.to(tl.float32)).to(model).to(tl.float32)
+            activated = activate(gate_value, up_value, ACT, GATED, alpha, limit, HAS_LIMIT)
+            tl.store(h + pair.to(tl.int64) * INTER + channel, activated.to(model), mask=channel < INTER)
+
+
+@triton.jit
+def down_pairs_kernel(
+    h,
+    weights,
+    ids,
+    w2,
+    b2,
+    y,
+    n_tokens,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    INTER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    W_E: tl.constexpr,
+    W_N: tl.constexpr,
+    W_K: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ASCEND: tl.constexpr,
+):
+    """y[t] = sum over t's pairs of weight * (w2 of the pair's expert @ h[pair] + b2), BLOCK_S pairs at a time.
+
+    Args:
+        h: [T * TOP_K, I] in the model's dtype. weights, ids: [T, TOP_K], dense.
+        w2: expert e's element (n, k) lies at e * W_E + n * W_N + k * W_K. b2: None or [E, H], dense.
+        y: [T, H]; each pair's result is rounded to the model's dtype and, weighted, to the dtype that weights and model
+            share, as the reference does; the sum is taken in fp32.
+        WEIGHT_ON_INPUT: the weights were applied before gate and up.
+    """
+    model = h.dtype.element_ty
+    N_BLOCKS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
+    for item in range(tl.program_id(0), n_tokens * N_BLOCKS, tl.num_programs(0)):
+        token = item // N_BLOCKS
+        first = (item % N_BLOCKS) * BLOCK_N
+        channel = first + tl.arange(0, BLOCK_N)
+        n = first + tl.arange(0, BLOCK_N)[None, :, None]
+        k = tl.arange(0, BLOCK_K)[None, None, :]
+        total = tl.zeros([BLOCK_N], dtype=tl.float32)
+        for slot in range(0, TOP_K, BLOCK_S):
+            if ASCEND:
+                # One pair at a time, as scalars: the vector unit has no 64-bit offsets.
+                tl.static_assert(BLOCK_S == 1, "several pairs at a time need 64-bit vectors")
+                pair = token * TOP_K + slot
+                expert = tl.load(ids + pair)
+            else:
+                slots = slot + tl.arange(0, BLOCK_S)[:, None, None]
+                pair = token * TOP_K + slots
+                expert = tl.load(ids + pair, mask=slots < TOP_K, other=-1)
+            valid = (expert >= 0) & (expert < E)
+            expert = tl.where(valid, expert, 0).to(tl.int64)
+            row = h + pair.to(tl.int64) * INTER
+            matrix = w2 + expert * W_E + n * W_N
+            sums = tl.zeros([BLOCK_S, BLOCK_N, BLOCK_K], dtype=tl.float32)
+            for start in range(0, INTER, BLOCK_K):
+                mask = (start + k < INTER) & valid
+                part = tl.load(row + start + k, mask=mask, other=0.0).to(tl.float32)
+                mask = (n < H) & mask
+                sums += part * tl.load(matrix + (start + k) * W_K, mask=mask, other=0.0).to(tl.float32)
+            out = tl.sum(sums, axis=2, keep_dims=True).to(model).to(tl.float32)
+            if b2 is not None:
+                out += tl.load(b2 + expert * H + n, mask=(n < H) & valid, other=0.0).to(tl.float32)
+                out = out.to(model).to(tl.float32)
+            if not WEIGHT_ON_INPUT:
+                out = out * tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)
+                if weights.dtype.element_ty == model:
+                    out = out.to(model).to(tl.float32)
+            total += tl.sum(tl.sum(out, axis=2), axis=0)
+        if weights.dtype.element_ty == model:
+            total = total.to(model).to(tl.float32)
+        tl.store(y + token.to(tl.int64) * H + channel, total.to(y.dtype.element_ty), mask=channel < H)

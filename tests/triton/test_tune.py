@@ -1,0 +1,149 @@
+"""``moe-fx tune``: the search finds what is faster, keeps what was there, and its file serves the launchers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from kernel_checks import gpu_only
+
+from moe_fx import tuning
+from moe_fx.errors import MissingToolchainError, OptionError
+from moe_fx.lowering.cuda import configs, device, timing, tune
+from moe_fx.lowering.cuda.device import INTERPRETED
+
+TINY = tune.Shape(hidden=64, inter=32, n_experts=4, top_k=2, group=32)
+
+
+def looked_up(kernel: str, **defaults: int) -> dict[str, int]:
+    return configs.lookup(kernel, "tiny", 1, defaults, torch.device("cpu" if INTERPRETED else "cuda"))
+
+
+class Timed:
+    """Stands in for the GPU's clock: a call takes what `cost` says of the parameters that it looked up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, cost) -> None:
+        self.seen: list[dict[str, dict[str, int]]] = []
+
+        def microseconds(call) -> float:
+            with configs.recorded() as record:
+                call()
+            self.seen.append({kernel: dict(given) for kernel, (_, given) in record.items()})
+            return cost(self.seen[-1])
+
+        monkeypatch.setattr(timing, "graph_microseconds", microseconds)
+
+
+CHOICES = {
+    "op": {"PAIRS": (0, 8)},
+    "op_up_pairs": {"BLOCK": (1, 2, 4), "num_warps": (1, 2)},
+    "op_tiles": {"BLOCK": (16, 32, 64)},
+}
+
+
+def pretend_call() -> None:
+    if looked_up("op", PAIRS=4)["PAIRS"] >= 8:
+        looked_up("op_up_pairs", BLOCK=1, num_warps=1)
+    else:
+        looked_up("op_tiles", BLOCK=16)
+
+
+def test_the_fastest_of_both_ways_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cost(given: dict[str, dict[str, int]]) -> float:
+        if "op_tiles" in given:
+            return 50 + abs(given["op_tiles"]["BLOCK"] - 32)
+        pairs = given["op_up_pairs"]
+        return 40 + abs(pairs["BLOCK"] - 4) + 3 * abs(pairs["num_warps"] - 2)
+
+    Timed(monkeypatch, cost)
+    chosen, variants, microseconds = tune.tune_count(tune.Format(CHOICES, lambda tokens: pretend_call), 4)
+    assert chosen.pop("op")["PAIRS"] >= 8
+    assert chosen == {"op_up_pairs": {"BLOCK": 4, "num_warps": 2}}
+    assert (microseconds, set(variants.values())) == (40, {"tiny"})
+
+
+def test_many_tokens_are_tried_over_tiles_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed(monkeypatch, lambda given: float(given["op_tiles"]["BLOCK"]))
+    chosen, _, _ = tune.tune_count(tune.Format(CHOICES, lambda tokens: pretend_call), 65)
+    assert chosen == {"op": {"PAIRS": 0}, "op_tiles": {"BLOCK": 16}}
+    assert all("op_up_pairs" not in seen for seen in timed.seen)
+
+
+def test_a_gain_within_noise_is_no_reason_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    Timed(monkeypatch, lambda given: 100 - 0.01 * given["op_tiles"]["BLOCK"])
+    chosen, _, _ = tune.tune_count(tune.Format(CHOICES, lambda tokens: pretend_call), 65)
+    assert chosen["op_tiles"] == {"BLOCK": 16}
+
+
+def test_what_does_not_fit_the_device_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    def cost(given: dict[str, dict[str, int]]) -> float:
+        if given["op_tiles"]["BLOCK"] > 32:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return 100.0 - given["op_tiles"]["BLOCK"]
+
+    Timed(monkeypatch, cost)
+    chosen, _, _ = tune.tune_count(tune.Format(CHOICES, lambda tokens: pretend_call), 65)
+    assert chosen["op_tiles"] == {"BLOCK": 32}
+
+
+@pytest.mark.parametrize("name", tune.FORMATS)
+def test_real_kernels_are_found_by_their_choices(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """One descent over the launchers' own choices: every kernel of a call is tunable, and its entries fit it."""
+    if INTERPRETED:
+        # One choice a parameter is left: the interpreter is slow.
+        for launcher in (tune.experts, tune.experts_int4):
+            few = {k: {p: values[:1] for p, values in given.items()} for k, given in launcher.TUNABLE.items()}
+            monkeypatch.setattr(launcher, "TUNABLE", few)
+    timed = Timed(monkeypatch, lambda given: 1.0)
+    table = tune.tune(TINY, [name], [1], {}, lambda line: None)
+    kernels = {kernel for seen in timed.seen for kernel in seen if kernel != "gating"}
+    assert len(kernels) >= 5
+    assert set(table) <= kernels
+    for variants in table.values():
+        ((variant, entries),) = variants.items()
+        assert "E4" in variant and list(entries) == [1]
+
+
+def test_entries_of_earlier_runs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    Timed(monkeypatch, lambda given: 1.0)
+    monkeypatch.setitem(tune.FORMATS, "bf16", lambda shape: tune.Format(CHOICES, lambda tokens: pretend_call))
+    table = {"op_tiles": {"tiny": {512: {"BLOCK": 64}}}, "other": {"x": {1: {"A": 1}}}}
+    tune.tune(TINY, ["bf16"], [65], table, lambda line: None)
+    assert table == {
+        "op": {"tiny": {65: {"PAIRS": 0}}},
+        "op_tiles": {"tiny": {512: {"BLOCK": 64}, 65: {"BLOCK": 16}}},
+        "other": {"x": {1: {"A": 1}}},
+    }
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(MissingToolchainError, match="moe-fx tune measures on a CUDA device"):
+        tuning.tune([64, 32, 4, 2], 32, ["bf16"], [1], None, print)
+
+
+def test_the_file_is_written_and_groups_must_divide(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(device, "unavailable", lambda where: None)
+    monkeypatch.setattr(device, "family", lambda where: "sm_00")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setitem(tune.FORMATS, "bf16", lambda shape: tune.Format(CHOICES, lambda tokens: pretend_call))
+    Timed(monkeypatch, lambda given: 1.0)
+    path, table = tuning.tune([64, 32, 4, 2], 32, ["bf16"], [65], tmp_path / "own.json", lambda line: None)
+    assert configs.read(path) == table and table["op_tiles"]["tiny"] == {65: {"BLOCK": 16}}
+    with pytest.raises(OptionError, match="groups of 48 inputs do not divide H=64 and I=32"):
+        tuning.tune([64, 32, 4, 2], 48, ["int4"], [1], tmp_path / "own.json", lambda line: None)
+
+
+@gpu_only
+def test_a_descent_on_the_gpu_ends_with_parameters_that_run() -> None:
+    weights = tune.FORMATS["bf16"](tune.Shape(hidden=512, inter=256, n_experts=16, top_k=2))
+    call = weights.call(4)
+    want = call()
+    chosen, _, microseconds = tune.tune_count(weights, 4)
+    assert 0 < microseconds < float("inf")
+    with configs.forced(chosen):
+        torch.testing.assert_close(call(), want, rtol=5e-2, atol=5e-2)
