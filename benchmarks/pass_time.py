@@ -92,7 +92,7 @@ def _run(graph: fx.GraphModule) -> GraphReport:
 def _lower(report: GraphReport) -> float:
     assert report.graph is not None
     start = time.perf_counter()
-    lower(report.graph, report, GraphDumper(None, report.compile_id))
+    lower(report.graph, Options(), report, GraphDumper(None, report.compile_id))
     return time.perf_counter() - start
 
 

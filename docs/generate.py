@@ -27,10 +27,11 @@ def passes_page() -> str:
     """The pass list in its order."""
     from moe_fx.passes import table
 
-    rows = [[r["name"], r["stage"], r["level"], r["requires"] or _NO, r["summary"]] for r in table()]
+    rows = [[r["name"], r["stage"], r["level"], r["default"], r["requires"] or _NO, r["summary"]] for r in table()]
     return (
         '# Passes\n\nIn the order they run. Switch one with `options={"passes": {"name": False}}` or '
-        "`MOE_FX_PASSES=name=off`.\n\n" + _markdown(["pass", "stage", "level", "needs", "what it does"], rows)
+        "`MOE_FX_PASSES=name=off`; one that is off by default with `True` or `name=on`.\n\n"
+        + _markdown(["pass", "stage", "level", "default", "needs", "what it does"], rows)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import fx
@@ -24,6 +24,10 @@ class Target(Protocol):
     """What a target offers the pipeline."""
 
     name: str
+
+    def configured(self, options: Any) -> Target:
+        """This target with the user's choices: the attributes of ``moe_fx.options.Options`` that bear its name."""
+        ...
 
     def kernel_for(self, node: fx.Node, downstream: str) -> str:
         """Human-readable name of what will run a canonical node."""
@@ -61,6 +65,10 @@ class ReferenceTarget:
 
     def __init__(self, name: str) -> None:
         self.name = name
+
+    def configured(self, options: Any) -> Target:
+        """See :class:`Target`; there is nothing to choose."""
+        return self
 
     def kernel_for(self, node: fx.Node, downstream: str) -> str:
         """See :class:`Target`."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_fx.errors import CaptureError
 
@@ -31,6 +32,30 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         gm: the graph given to a ``torch.compile`` backend; it is not changed.
         example_inputs: its inputs (real, fake, or symbolic integers).
 
+    Returns, raises: see :func:`export`.
+    """
+    return export(specialize(gm), example_inputs)
+
+
+def specialize(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo's graph with everything that the export bakes in as a constant; a copy where that changes it.
+
+    Raises:
+        CaptureError: the graph enters an autocast region.
+    """
+    _refuse_autocast(gm)
+    # Looked for first: a copy takes longer than all else that a hit in the compile cache does.
+    if any(_is_symbolic_float(node) or node.target is torch._C._set_grad_enabled for node in gm.graph.nodes):
+        gm = copy_graph_module(gm)
+        _specialize_floats(gm)
+        _drop_grad_mode_switches(gm)
+        gm.recompile()
+    return gm
+
+
+def export(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:
+    """The ATen graph of a graph that :func:`specialize` returned, which is not changed.
+
     Returns:
         A GraphModule that takes the same inputs, writes the same input mutations (as trailing ``copy_`` nodes) and
         returns the same outputs as a tuple. Float attributes that dynamo made dynamic are constants again, under a
@@ -40,10 +65,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         CaptureError: PyTorch could not export the graph; its message is the cause.
     """
     gm = copy_graph_module(gm)
-    _refuse_autocast(gm)
-    _specialize_floats(gm)
-    _drop_grad_mode_switches(gm)
     fakes = _fake_inputs(gm, example_inputs)
+    _refuse_wrapper_subclasses(fakes)
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -57,7 +80,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule
         raise CaptureError(f"{type(error).__name__}: {first_line}") from error
     assert isinstance(exported, fx.GraphModule)
     _erase_metadata_asserts(exported.graph)
-    _keep_dynamo_metadata(gm, exported)
+    keep_dynamo_metadata(gm, exported)
     _write_back_mutations(exported, signature)
     exported.graph.lint()
     exported.recompile()
@@ -88,14 +111,16 @@ def _specialize_floats(gm: fx.GraphModule) -> None:
     # From the last to the first, so that a float's own inputs are unused by the time they are looked at. Dead code is
     # not eliminated wholesale: in dynamo's graphs an unused result may come from an in-place method.
     for node in reversed(list(gm.graph.nodes)):
-        symbolic = node.meta.get("example_value")
-        if isinstance(symbolic, torch.SymFloat) and node.op != "placeholder":
+        if _is_symbolic_float(node):
             try:
-                constant = float(symbolic)
+                constant = float(node.meta["example_value"])
             except Exception:
                 continue
             _replace_with_constant(node, constant)
-    gm.recompile()
+
+
+def _is_symbolic_float(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.SymFloat) and node.op != "placeholder"
 
 
 def _replace_with_constant(node: fx.Node, constant: float) -> None:
@@ -115,12 +140,18 @@ def _refuse_autocast(gm: fx.GraphModule) -> None:
             )
 
 
+def _refuse_wrapper_subclasses(fakes: Sequence[Any]) -> None:
+    """The export takes ordinary tensors only (``moe_fx.shards`` has brought DTensors to theirs before)."""
+    kinds = sorted({type(fake).__name__ for fake in fakes if is_traceable_wrapper_subclass(fake)})
+    if kinds:
+        raise CaptureError(f"the graph takes a {' and a '.join(kinds)}: inputs made of other tensors are not supported")
+
+
 def _drop_grad_mode_switches(gm: fx.GraphModule) -> None:
     """The captured graph is an inference graph: grad-mode regions inside it mean nothing."""
     for node in list(gm.graph.nodes):
         if node.target is torch._C._set_grad_enabled:
             gm.graph.erase_node(node)
-    gm.recompile()
 
 
 def _fake_inputs(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Any]:
@@ -140,7 +171,7 @@ def _erase_metadata_asserts(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
-def _keep_dynamo_metadata(gm: fx.GraphModule, exported: fx.GraphModule) -> None:
+def keep_dynamo_metadata(gm: fx.GraphModule, exported: fx.GraphModule) -> None:
     """Carry over what downstream compilers ask of dynamo's graphs: which inputs are parameters, and their sources."""
     exported.meta.update(gm.meta)
     placeholders = zip(gm.graph.find_nodes(op="placeholder"), exported.graph.find_nodes(op="placeholder"), strict=True)

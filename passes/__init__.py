@@ -7,6 +7,7 @@ given per compilation with ``options={"extra_passes": [...]}`` and run after the
 from __future__ import annotations
 
 from moe_fx.passes.core import Level, MatchContext, Miss, Pass, Site, Stage
+from moe_fx.passes.match.attention import AttentionPass
 from moe_fx.passes.match.experts import ExpertsPass
 from moe_fx.passes.match.experts_dense import ExpertsDensePass
 from moe_fx.passes.match.experts_loop import ExpertsLoopPass
@@ -28,6 +29,7 @@ PIPELINE: tuple[type[Pass], ...] = (
     QkNormRopePass,
     AddRmsNormPass,
     SwigluPass,
+    AttentionPass,
 )
 
 

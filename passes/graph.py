@@ -38,6 +38,13 @@ def is_call(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function"
 
 
+def is_collective(node: Any) -> bool:
+    """Whether ``node`` is a functional collective (all-reduce, all-gather, ...) or the wait for one."""
+    # By name: builds of PyTorch without torch.distributed have no such ops.
+    target = node.target if isinstance(node, fx.Node) else None
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "_c10d_functional"
+
+
 def bind(node: fx.Node) -> dict[str, Any]:
     """The node's arguments by their schema names, defaults filled in."""
     target = node.target

@@ -4,7 +4,7 @@ Importing this package registers every op under ``torch.ops.moe_fx``. ``CANONICA
 :class:`~moe_fx.lowering.ops.spec.CanonicalOp` (schema, reference, tolerance, input generator).
 """
 
-from moe_fx.lowering.ops import experts, experts_quantized, norms, rope, route, swiglu
+from moe_fx.lowering.ops import attention, experts, experts_quantized, norms, rope, route, swiglu
 from moe_fx.lowering.ops.spec import CanonicalOp, Tolerance
 
 CANONICAL_OPS: dict[str, CanonicalOp] = {
@@ -18,6 +18,7 @@ CANONICAL_OPS: dict[str, CanonicalOp] = {
         norms.ADD_RMS_NORM,
         rope.QK_NORM_ROPE,
         swiglu.SWIGLU,
+        attention.ATTENTION,
     )
 }
 

@@ -34,6 +34,7 @@ from moe_fx.passes.graph import (
     arg,
     as_slice,
     aten,
+    is_collective,
     is_op,
     peel,
     rank,
@@ -187,8 +188,10 @@ def _root(norm: fx.Node) -> fx.Node:
             node = cut.source
         elif is_op(node, operator.getitem) and is_op(node.args[0], aten.unbind):
             node = node.args[0].args[0]
-        elif is_op(node, aten.transpose, aten.permute, aten.add, aten.select):
+        elif is_op(node, aten.transpose, aten.permute, aten.add, aten.select) or is_collective(node):
             node = node.args[0]
+        elif is_op(node, aten.cat):  # Of the ranks' parts, gathered: full-width norms need all heads.
+            node = node.args[0][0]
         else:
             break
     return node

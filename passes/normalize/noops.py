@@ -1,8 +1,9 @@
-"""Drop ops that change no value: aliases, same-shape views, full slices, same-dtype casts, ``* 1.0``, inert dropout.
+"""Drop ops that change no value: aliases, same-shape views, full slices, same-dtype casts, copies, ``* 1.0``, dropout.
 
 Unfused::
 
     y = alias(x); y = x.view(x.shape); y = x[:, 0:]; y = x.to(x.dtype); y = x.unsqueeze(1).squeeze(1); y = x * 1.0
+    y = copy(old, x)        # what is left of an in-place op that wrote a whole tensor, such as dist.all_reduce(old)
 
 Fused::
 
@@ -41,7 +42,7 @@ from moe_fx.passes.graph import (
 
 
 class DropNoopsPass(Pass):
-    """No-op views, casts, slices, products and dropouts are removed."""
+    """No-op views, casts, slices, copies, products and dropouts are removed."""
 
     name = "drop_noops"
     stage = Stage.NORMALIZE
@@ -132,6 +133,11 @@ def _squeezed_unsqueeze(node: fx.Node) -> fx.Node | None:
     return None
 
 
+def _overwritten(node: fx.Node) -> fx.Node | None:
+    old, new = node.args[0], node.args[1]
+    return new if _same_placement(old, new) and same_shape(shape(old), shape(new)) else None
+
+
 def _unit_factor(node: fx.Node) -> fx.Node | None:
     left, right = node.args[0], node.args[1]
     for tensor, factor in ((left, right), (right, left)):
@@ -156,6 +162,7 @@ _RULES: tuple[tuple[tuple[object, ...], Callable[[fx.Node], fx.Node | None]], ..
     ((aten.slice,), _full_slice),
     ((aten._to_copy, aten.to, aten.type_as), _same_dtype_cast),
     ((aten.squeeze.dim,), _squeezed_unsqueeze),
+    ((aten.copy,), _overwritten),
     ((aten.mul,), _unit_factor),
     ((aten.div,), _unit_divisor),
     ((aten.dropout,), _inert_dropout),

@@ -11,11 +11,11 @@ from moe_fx.graph_text import graph_text
 from moe_fx.passes.graph import module_path
 
 
-def layer_text(name: str, layer: int, implementation: str = "grouped_mm") -> str:
+def layer_text(name: str, layer: int, implementation: str = "grouped_mm", **options) -> str:
     """The nodes that one decoder layer wrote, in the rewritten graph of the whole model."""
     torch._dynamo.reset()
     family = FAMILIES[name]
-    compiled = compile_with_report(family.build(implementation))
+    compiled = compile_with_report(family.build(implementation), **options)
     compiled(token_ids(), use_cache=False)
     graph = compiled.reports[0].graph.graph
     lines = graph_text(graph).splitlines()
@@ -672,6 +672,40 @@ class GoldenModels(expecttest.TestCase):
 %view_11: bf16[2, 6, 64] = aten.view(%experts, [2, 6, 64])
 %add_rms_norm_3: (bf16[2, 6, 64], bf16[2, 6, 64]) = moe_fx.add_rms_norm(%view_10, %view_11, %arg_34, 1e-05, cast='after')
 %getitem_12: bf16[2, 6, 64] = getitem(%add_rms_norm_3, 0)
+""",
+        )
+
+    def test_qwen3_moe_with_attention(self):
+        self.assertExpectedInline(
+            layer_text("qwen3_moe", 1, passes={"attention": True}),
+            """\
+%add_rms_norm_1: (bf16[2, 6, 64], bf16[2, 6, 64]) = moe_fx.add_rms_norm(%getitem_2, %view_5, %arg_14, 1e-06)
+%getitem_6: bf16[2, 6, 64] = getitem(%add_rms_norm_1, 1)
+%getitem_7: bf16[2, 6, 64] = getitem(%add_rms_norm_1, 0)
+%linear_5: bf16[2, 6, 64] = aten.linear(%getitem_7, %arg_15)
+%view_6: bf16[2, 6, 4, 16] = aten.view(%linear_5, [2, 6, -1, 16])
+%linear_6: bf16[2, 6, 32] = aten.linear(%getitem_7, %arg_17)
+%view_7: bf16[2, 6, 2, 16] = aten.view(%linear_6, [2, 6, -1, 16])
+%qk_norm_rope_1: (bf16[2, 4, 6, 16], bf16[2, 2, 6, 16]) = moe_fx.qk_norm_rope(%view_6, %view_7, %arg_16, %arg_18, %to_copy_1, %to_copy_2, 1e-06)
+%getitem_8: bf16[2, 2, 6, 16] = getitem(%qk_norm_rope_1, 1)
+%getitem_9: bf16[2, 4, 6, 16] = getitem(%qk_norm_rope_1, 0)
+%linear_7: bf16[2, 6, 32] = aten.linear(%getitem_7, %arg_19)
+%view_8: bf16[2, 6, 2, 16] = aten.view(%linear_7, [2, 6, -1, 16])
+%transpose_2: bf16[2, 2, 6, 16] = aten.transpose.int(%view_8, 1, 2)
+%attention_1: bf16[2, 4, 6, 16] = moe_fx.attention(%getitem_9, %getitem_8, %transpose_2, %and_1, scale=0.25)
+%transpose_3: bf16[2, 6, 4, 16] = aten.transpose.int(%attention_1, 1, 2)
+%view_9: bf16[2, 6, 64] = aten.view(%transpose_3, [2, 6, -1])
+%linear_8: bf16[2, 6, 64] = aten.linear(%view_9, %arg_20)
+%add_rms_norm_2: (bf16[2, 6, 64], bf16[2, 6, 64]) = moe_fx.add_rms_norm(%getitem_6, %linear_8, %arg_21, 1e-06)
+%getitem_10: bf16[2, 6, 64] = getitem(%add_rms_norm_2, 1)
+%getitem_11: bf16[2, 6, 64] = getitem(%add_rms_norm_2, 0)
+%view_10: bf16[12, 64] = aten.view(%getitem_11, [-1, 64])
+%linear_9: bf16[12, 8] = aten.linear(%view_10, %arg_22)
+%route_1: (bf16[12, 2], i32[12, 2]) = moe_fx.route(%linear_9, top_k=2, renormalize='eps', out_dtype=bf16)
+%getitem_12: i32[12, 2] = getitem(%route_1, 1)
+%getitem_13: bf16[12, 2] = getitem(%route_1, 0)
+%experts_1: bf16[12, 64] = moe_fx.experts(%view_10, %getitem_13, %getitem_12, %arg_23, %arg_24)
+%view_11: bf16[2, 6, 64] = aten.view(%experts_1, [2, 6, 64])
 """,
         )
 

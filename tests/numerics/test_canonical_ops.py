@@ -102,6 +102,7 @@ TOKEN_ARGUMENTS = dict(
     add_rms_norm=("x", "residual"),
     qk_norm_rope=("q", "k"),
     swiglu=("gate", "up"),
+    attention=("q", "k", "v"),
 )
 
 
@@ -171,6 +172,28 @@ def _qk_norm_rope64(q, k, q_weight, k_weight, cos, sin, eps, *, norm="head", rop
         return _rope64(y, cos.unsqueeze(-2), sin.unsqueeze(-2), rope).transpose(1, 2)
 
     return one(q, q_weight), one(k, k_weight)
+
+
+def _attention64(q, k, v, mask=None, *, is_causal=False, scale=None, gqa="repeat"):
+    """One query of one head at a time."""
+    n_batch, n_heads, n_queries, width = q.shape
+    group = n_heads // k.shape[1]
+    scale = width**-0.5 if scale is None else scale
+    bias = torch.zeros(n_batch, n_heads, n_queries, k.shape[2], dtype=q.dtype)
+    if is_causal:
+        bias += torch.full_like(bias, -torch.inf).triu(1)
+    elif mask is not None:
+        bias += (
+            torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+        )
+    y = torch.empty(n_batch, n_heads, n_queries, v.shape[-1], dtype=q.dtype)
+    for batch in range(n_batch):
+        for head in range(n_heads):
+            keys, values = k[batch, head // group], v[batch, head // group]
+            for i in range(n_queries):
+                e = ((keys @ q[batch, head, i]) * scale + bias[batch, head, i]).exp()
+                y[batch, head, i] = e @ values / e.sum()
+    return y
 
 
 def _activate64(gate, up, act, alpha, limit):
@@ -277,6 +300,7 @@ IN_FLOAT64 = dict(
     add_rms_norm=_add_norm64,
     qk_norm_rope=_qk_norm_rope64,
     swiglu=_swiglu64,
+    attention=_attention64,
     experts=_experts64,
 )
 
@@ -358,6 +382,7 @@ INDUCTOR = dict(
     add_rms_norm=("cast_after-2x5x128",),
     qk_norm_rope=("half-head-R8-S7", "interleaved-full-R16-S1"),
     swiglu=("merged-2x5x48", "interleaved_oai-2x5x48"),
+    attention=("repeat-causal-Hkv2", "native-mask", "mla"),
 )
 
 

@@ -78,6 +78,7 @@ NOOPS = {
     "divided by 1.0": lambda x: x / 1.0,
     "dropout off": lambda x: F.dropout(x, 0.5, training=False),
     "dropout of nothing": lambda x: F.dropout(x, 0.0, training=True),
+    "overwritten": lambda x: (x * 2).copy_(x),
     "chain": lambda x: (x.view(x.shape) * 1.0).detach()[:, 0:].to(x.dtype).unsqueeze(0).squeeze(0) / 1,
 }
 
@@ -115,6 +116,9 @@ NOT_NOOPS = {
     "squeeze of another dimension": (lambda x: x[:1].unsqueeze(1).squeeze(0), aten.squeeze),
     "rounding division": (lambda x: torch.div(x, 1, rounding_mode="floor"), aten.div),
     "clone": (lambda x: x.clone(), aten.clone),
+    "overwritten in another dtype": (lambda x: (x * 2).bfloat16().copy_(x).float(), aten.copy),
+    "overwritten by a broadcast": (lambda x: (x * 2).copy_(x[:, :1]), aten.copy),
+    "overwritten in another layout": (lambda x: (x * 2).copy_(x.mT.contiguous().mT), aten.copy),
 }
 
 
