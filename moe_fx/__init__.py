@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 # Public name -> module that defines it.
 _EXPORTS = {
     "moe_ascend": "moe_fx.backend",
+    "cache_compile": "moe_fx.cache.method",
     "explain": "moe_fx.explanation",
     "Explanation": "moe_fx.explanation",
     "prepare": "moe_fx.preparation",

@@ -16,14 +16,17 @@ import torch
 from torch import fx
 
 from moe_fx import downstream
-from moe_fx.capture import capture, copy_graph_module, needs_gradients
+from moe_fx.cache.artifacts import Artifacts
+from moe_fx.cache.graph_cache import GraphCache
+from moe_fx.capture import copy_graph_module, export, needs_gradients, specialize
 from moe_fx.check import checked
 from moe_fx.dump import GraphDumper
-from moe_fx.errors import MoeFxError, MoeFxWarning, UnsupportedError
+from moe_fx.errors import CaptureError, MoeFxError, MoeFxWarning, UnsupportedError
 from moe_fx.integrations import transformers as transformers_hook
 from moe_fx.lowering import targets
 from moe_fx.options import Options
 from moe_fx.pipeline import PREPARE_HINT, GraphReport, lower, run_passes
+from moe_fx.shards import over_shards
 
 transformers_hook.install()
 
@@ -45,14 +48,23 @@ def moe_ascend(
     Returns:
         A callable with the graph's calling convention.
     """
+    local, refusal = None, None
+    try:
+        local = None if needs_gradients(example_inputs) else over_shards(gm, example_inputs)
+    except CaptureError as error:
+        refusal = error
+    if local is not None:
+        return local.called_with_dtensors(moe_ascend(local.gm, local.inputs, options=options, mode=mode))
     opts = Options.from_user(options)
     target = targets.of_devices(example_inputs) if opts.target == "auto" else opts.target
     finisher = downstream.resolve(opts.downstream, target)
     compile_id = str(torch._guards.CompileContext.current_compile_id() or "0/0")
     report = GraphReport(compile_id, target, finisher)
 
-    def finish(graph: fx.GraphModule) -> Callable[..., Any]:
-        compiled = downstream.compile_graph(finisher, graph, example_inputs, mode=mode, config=opts.downstream_options)
+    def finish(graph: fx.GraphModule, artifacts: Artifacts | None = None) -> Callable[..., Any]:
+        compiled = downstream.compile_graph(
+            finisher, graph, example_inputs, mode=mode, config=opts.downstream_options, artifacts=artifacts
+        )
         if opts.report is not None:  # Last: dynamo may restart a compilation from within the downstream compiler.
             opts.report(report)
         return compiled
@@ -63,14 +75,24 @@ def moe_ascend(
         return finish(gm)
 
     dumper = GraphDumper(opts.dump_dir, compile_id)
+    unfused = canonical = None
     try:
+        if refusal is not None:
+            raise refusal
         start = time.perf_counter()
-        fused = capture(gm, example_inputs)
-        report.capture_seconds = time.perf_counter() - start
-        unfused = copy_graph_module(fused) if opts.check else None
-        run_passes(fused, opts, report, dumper)
-        canonical = copy_graph_module(fused) if opts.check else None
-        lower(fused, report, dumper)
+        specialized = specialize(gm)
+        cache = GraphCache(specialized, opts, report, mode)
+        restored = cache.restore()
+        if restored is not None:
+            fused = restored
+        else:
+            fused = export(specialized, example_inputs)
+            report.capture_seconds = time.perf_counter() - start - report.cache_seconds
+            unfused = copy_graph_module(fused) if opts.check else None
+            run_passes(fused, opts, report, dumper)
+            canonical = copy_graph_module(fused) if opts.check else None
+            lower(fused, opts, report, dumper)
+            fused = cache.keep(fused)
     except Exception as error:
         if opts.strict:
             raise
@@ -80,8 +102,9 @@ def moe_ascend(
         return finish(gm)
 
     _account(report, opts)
-    dumper.text("report.txt", _plain_report(report))
-    compiled = finish(fused)
+    if opts.dump_dir is not None:  # Laying a report out takes longer than a hit in the cache.
+        dumper.text("report.txt", _plain_report(report))
+    compiled = finish(fused, cache.artifacts)
     if unfused is not None and canonical is not None:
         return checked(compiled, unfused, canonical, report, opts)
     return compiled
@@ -96,17 +119,9 @@ def _account(report: GraphReport, opts: Options) -> None:
     if uncaptured:
         where = ", ".join(sorted({site.module or "a router" for site in uncaptured})[:3])
         _warn(f"the experts behind {where} could not be captured and run unfused; {PREPARE_HINT}.")
-    elif not report.matched and _has_matmul(report.graph):
+    elif not report.matched and report.has_matmul:
         misses = f"{len(report.missed)} candidate sites missed" if report.missed else "no candidate site found"
         _warn(f"nothing in graph {report.compile_id} was fused ({misses}); moe_fx.explain(model, ...) tells why.")
-
-
-def _has_matmul(gm: fx.GraphModule | None) -> bool:
-    """Whether a graph does enough for an empty result to be worth a word."""
-    if gm is None:
-        return False
-    names = ("linear", "mm", "matmul", "bmm", "addmm", "einsum")
-    return any(str(n.target).split(".")[1:2] and str(n.target).split(".")[1] in names for n in gm.graph.nodes)
 
 
 def _plain_report(report: GraphReport) -> str:

@@ -1,7 +1,7 @@
 """The command `moe-fx`: a thin front that parses arguments, calls the package and prints what it returns.
 
-Exit status: 0 when the command did what it was asked, 1 when `doctor` finds no target that works, 2 on a wrong argument
-or on any error that moe-fx raises on purpose.
+Exit status: 0 when the command did what it was asked, 1 when `doctor` finds no target that works or `cache verify` an
+entry that cannot be used, 2 on a wrong argument or on any error that moe-fx raises on purpose.
 """
 
 from __future__ import annotations
@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     command("passes", _passes, "list the passes in the order they run")
     command("options", _options, "list the options that torch.compile(..., options={...}) takes")
 
+    cache = command("cache", _cache, "list, check or remove what the compile cache keeps")
+    cache.add_argument("action", choices=("list", "verify", "clear"), help="what to do")
+    cache.add_argument(
+        "--dir", metavar="DIR", help="the cache directory (default: MOE_FX_CACHE_DIR, else the user's cache directory)"
+    )
+
     explain = command("explain", _explain, "show what is matched in a model, what is missed, and why")
     explain.add_argument("model", metavar="MODEL", help="a model's folder or name, as transformers takes it")
     explain.add_argument(
@@ -83,6 +89,26 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument(
         "--trust-remote-code", action="store_true", help="let transformers run code that comes with the model"
     )
+
+    tune = command("tune", _tune, "measure the best launch parameters of the CUDA expert kernels on this GPU")
+    tune.add_argument(
+        "--formats",
+        nargs="+",
+        choices=("bf16", "int4"),
+        default=["bf16", "int4"],
+        help="formats of the experts' weights",
+    )
+    tune.add_argument("--tokens", type=_positive, nargs="+", metavar="N", help="token counts to measure")
+    tune.add_argument(
+        "--shape",
+        type=_positive,
+        nargs=4,
+        default=[2048, 768, 128, 8],
+        metavar=("H", "I", "E", "K"),
+        help="hidden and intermediate size, experts, experts a token (default: Qwen3-30B-A3B)",
+    )
+    tune.add_argument("--group", type=_positive, default=128, metavar="G", help="inputs a scale of int4 weights")
+    tune.add_argument("--output", type=Path, metavar="FILE", help="the file to extend (default: the user's own)")
     return parser
 
 
@@ -118,6 +144,45 @@ def _options(arguments: argparse.Namespace) -> int:
     from moe_fx import options
 
     return _print_rows(options.table(), arguments)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from moe_fx import tuning
+
+    console = Console(stderr=True)
+    path, table = tuning.tune(
+        arguments.shape,
+        arguments.group,
+        arguments.formats,
+        arguments.tokens,
+        arguments.output,
+        lambda line: console.print(line, highlight=False, soft_wrap=True),
+    )
+    if arguments.json:
+        _print_json({"file": str(path), "kernels": table})
+    else:
+        print(f"wrote {path}")
+    return 0
+
+
+def _cache(arguments: argparse.Namespace) -> int:
+    from moe_fx.cache import listing
+    from moe_fx.cache.store import open_store
+    from moe_fx.options import Options
+
+    store = open_store(Options.from_user({"cache_dir": arguments.dir} if arguments.dir else None), create=False)
+    if arguments.action == "clear":
+        removed = store.clear()
+        if arguments.json:
+            _print_json({"removed": removed})
+        else:
+            print(f"removed {removed} {'entry' if removed == 1 else 'entries'} from {store.folder}")
+        return 0
+    if arguments.action == "list":
+        return _print_rows(listing.entries(store), arguments)
+    found = listing.verdicts(store)
+    _print_rows(found, arguments)
+    return int(any(row["verdict"] != "good" for row in found))
 
 
 def _print_rows(rows: Iterable[Mapping[str, Any]], arguments: argparse.Namespace) -> int:

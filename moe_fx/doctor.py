@@ -71,6 +71,8 @@ class Diagnosis:
     cpu: CpuInfo | None
     """The host as `moe_fx._C.cpu_info()` describes it; None when the extension cannot be loaded."""
     targets: tuple[Target, ...]
+    cache: Check | None = None
+    """The compile cache: where it is and what it holds, or why it is not used."""
 
     def to_dict(self) -> dict[str, Any]:
         """The diagnosis as plain data, fit for JSON."""
@@ -78,6 +80,7 @@ class Diagnosis:
             "system": self.system,
             "software": dict(self.software),
             "cpu": self.cpu,
+            "cache": asdict(self.cache) if self.cache else None,
             "targets": {
                 target.name: {"ready": target.ready, "checks": [asdict(check) for check in target.checks]}
                 for target in self.targets
@@ -101,6 +104,7 @@ def diagnose() -> Diagnosis:
                 (torch, _check_torch_npu(), _check_torchair(), _check_cann(), _check_npu(), _check_triton_ascend()),
             ),
         ),
+        cache=_check_cache(),
     )
 
 
@@ -277,6 +281,36 @@ def _check_triton_ascend() -> Check:
     return Check("Triton-Ascend", version is not None, version or "not installed", remedy, required=False)
 
 
+def _check_cache() -> Check:
+    """A cache that is off or unusable costs time at start and nothing else: no target requires it."""
+    from moe_fx.cache.store import open_store
+    from moe_fx.errors import MoeFxError
+    from moe_fx.options import Options
+
+    name = "compile cache"
+    try:
+        options = Options.from_user()
+        if not options.cache:
+            remedy = "unset MOE_FX_CACHE to keep compiled graphs"
+            return Check(name, False, "switched off by MOE_FX_CACHE", remedy, required=False)
+        store = open_store(options, create=False)
+    except MoeFxError as error:
+        what, _, remedy = str(error).partition("; ")
+        return Check(name, False, what, remedy, required=False)
+    nearest = next(path for path in (store.folder, *store.folder.parents) if path.exists())
+    if not os.access(nearest, os.W_OK):
+        remedy = "set MOE_FX_CACHE_DIR to a directory that you can write to"
+        return Check(name, False, f"{store.folder} cannot be written to", remedy, required=False)
+    files = store.files()
+    damaged = sum(bool(problem) for _, problem in store.verify())
+    held = _size(sum(path.stat().st_size for path in files)) if files else "nothing"
+    found = f"{store.folder}: {len(files)} entries, {held} of {options.cache_max_mib} MiB"
+    if damaged:
+        remedy = "they are compiled anew when they are needed; moe-fx cache verify names them"
+        return Check(name, False, f"{found}, {damaged} of them cannot be used", remedy, required=False)
+    return Check(name, True, found, required=False)
+
+
 def render(diagnosis: Diagnosis) -> RenderableType:
     """The diagnosis for a terminal: the host, the software, then each target with what it needs."""
     return Group(_render_facts(diagnosis), *(_render_target(target) for target in diagnosis.targets))
@@ -298,6 +332,11 @@ def _render_facts(diagnosis: Diagnosis) -> Table:
             facts.add_row(f"NUMA node {node['node']}", f"{cpus}, {_size(node['memory_bytes'])}")
     for package, version in diagnosis.software.items():
         facts.add_row(package, version or Text("not installed", style="dim"))
+    if (check := diagnosis.cache) is not None:
+        cache = Text(check.found, style="" if check.ok else "yellow")
+        if check.remedy:
+            cache.append(f"\n→ {check.remedy}")
+        facts.add_row(check.name, cache)
     return facts
 
 

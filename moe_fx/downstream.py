@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
+from moe_fx import torchair_handoff
 from moe_fx.errors import MissingToolchainError, OptionError
+from moe_fx.lowering.prepared_inputs import hoist
+
+if TYPE_CHECKING:
+    from moe_fx.cache.artifacts import Artifacts
 
 CompiledFn = Callable[..., Any]
 MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -38,31 +44,54 @@ def compile_graph(
     *,
     mode: str | None = None,
     config: Mapping[str, Any] | None = None,
+    artifacts: Artifacts | None = None,
 ) -> CompiledFn:
     """Compile ``gm`` with the named downstream compiler.
 
     Args:
-        mode: ``torch.compile``'s mode, for Inductor.
-        config: the compiler's own options (Inductor config patches).
+        mode: ``torch.compile``'s mode, for Inductor; ``ge`` or ``npugraph_ex``, for torchair.
+        config: the compiler's own options (Inductor config patches; for torchair see ``torchair_handoff``).
+        artifacts: where a compiler without a cache of its own keeps what it made; Inductor has its own.
 
     Raises:
         OptionError: a mode or config that the compiler does not take.
     """
-    if mode not in (None, *MODES):
-        raise OptionError(f"mode={mode!r} is unknown to backend='moe_ascend'; valid modes: {', '.join(MODES)}")
-    if name != "inductor" and (config or mode not in (None, "default")):
+    modes = torchair_handoff.MODES if name == "torchair" else MODES
+    if mode not in (None, *modes):
+        raise OptionError(f"mode={mode!r} is unknown to downstream={name!r}; valid modes: {', '.join(modes)}")
+    if name not in ("inductor", "torchair") and (config or mode not in (None, "default")):
         given = "downstream_options" if config else f"mode={mode!r}"
-        raise OptionError(f"{given} is for downstream='inductor', not {name!r}")
-    return _COMPILERS[name](gm, list(example_inputs), mode, dict(config or {}))
+        raise OptionError(f"{given} is for downstream='inductor' or 'torchair', not {name!r}")
+    inputs, with_prepared = hoist(gm, example_inputs)
+    return with_prepared(_COMPILERS[name](gm, inputs, Request(mode, dict(config or {}), artifacts)))
 
 
-def _inductor(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: dict[str, Any]) -> CompiledFn:
+@dataclass(frozen=True)
+class Request:
+    """What a downstream compiler is asked for besides the graph; see :func:`compile_graph`."""
+
+    mode: str | None
+    config: Mapping[str, Any]
+    artifacts: Artifacts | None
+
+
+def decompositions(name: str) -> Mapping[Any, Callable[..., Any]]:
+    """The table by which the named compiler takes ops apart, for cache keys; empty where it has none of its own."""
+    if name != "inductor":
+        return {}
+    from torch._inductor.decomposition import select_decomp_table
+
+    table: Mapping[Any, Callable[..., Any]] = select_decomp_table()
+    return table
+
+
+def _inductor(gm: fx.GraphModule, inputs: list[Any], request: Request) -> CompiledFn:
     from torch._inductor import config as inductor_config
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    patches = dict(list_mode_options(mode) if mode else {})
-    for key, value in config.items():
+    patches = dict(list_mode_options(request.mode) if request.mode else {})
+    for key, value in request.config.items():
         key = key.replace("-", "_")
         if key not in inductor_config._config:  # type: ignore[attr-defined]
             raise OptionError(f"downstream_options names {key!r}, which Inductor's config does not have")
@@ -71,23 +100,21 @@ def _inductor(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: d
     return compiled
 
 
-def _eager(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: dict[str, Any]) -> CompiledFn:
+def _eager(gm: fx.GraphModule, inputs: list[Any], request: Request) -> CompiledFn:
     return gm.forward
 
 
-def _aot_eager(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: dict[str, Any]) -> CompiledFn:
+def _aot_eager(gm: fx.GraphModule, inputs: list[Any], request: Request) -> CompiledFn:
     from torch._dynamo.backends.debugging import aot_eager
 
     return aot_eager(gm, inputs)
 
 
-def _torchair(gm: fx.GraphModule, inputs: list[Any], mode: str | None, config: dict[str, Any]) -> CompiledFn:
-    from torch._dynamo.backends.registry import lookup_backend
-
-    return lookup_backend("npu")(gm, inputs)
+def _torchair(gm: fx.GraphModule, inputs: list[Any], request: Request) -> CompiledFn:
+    return torchair_handoff.compile_graph(gm, inputs, request.mode, request.config)
 
 
-_COMPILERS: dict[str, Callable[[fx.GraphModule, list[Any], str | None, dict[str, Any]], CompiledFn]] = {
+_COMPILERS: dict[str, Callable[[fx.GraphModule, list[Any], Request], CompiledFn]] = {
     "inductor": _inductor,
     "eager": _eager,
     "aot_eager": _aot_eager,

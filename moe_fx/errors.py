@@ -5,6 +5,7 @@ it without a traceback. Anything else that escapes moe-fx is a bug in it.
 """
 
 __all__ = [
+    "CacheError",
     "CaptureError",
     "CheckError",
     "MissingToolchainError",
@@ -32,7 +33,11 @@ class CaptureError(MoeFxError):
 
 
 class CheckError(MoeFxError):
-    """A result or an artefact is not what it must be: a rewrite out of tolerance, a corrupt cache entry."""
+    """A result is not what it must be: a rewrite out of tolerance."""
+
+
+class CacheError(MoeFxError):
+    """The compile cache's directory cannot be used, or an entry in it cannot be trusted or is damaged."""
 
 
 class MissingToolchainError(MoeFxError):

@@ -212,6 +212,8 @@ class _Observer:
                 "downstream_options": {},
                 "extra_passes": [*wanted.extra_passes, probe],
                 "strict": False,
+                # An explanation is made by matching, and it needs the graph that the passes leave.
+                "cache": False,
             }
             compiled = moe_ascend(gm, example_inputs, options=self._given | overrides)
             probe.amend(self.reports[-1])
@@ -243,8 +245,9 @@ class _KernelProbe(Pass):
                 self._kernels[node.name] = self._target.kernel_for(node, self._finisher)
 
     def amend(self, report: GraphReport) -> None:
-        """Put the downstream compiler and its kernels in the report, and take this pass out of it."""
+        """Put in the report what the user's own compilation would have, and take this pass out of it."""
         report.downstream = self._finisher
+        report.cache = "off: an explanation always matches anew"
         report.pass_seconds.pop(self.name, None)
         for site in report.matched:
             site.kernel = self._kernels.get(site.node, site.kernel)
@@ -324,6 +327,8 @@ def _graph_dict(graph: GraphReport) -> dict[str, Any]:
         "unfused_reason": graph.unfused_reason,
         "nodes_before": graph.nodes_before,
         "nodes_after": graph.nodes_after,
+        "cache": graph.cache,
+        "cache_seconds": graph.cache_seconds,
         "capture_seconds": graph.capture_seconds,
         "pass_seconds": dict(graph.pass_seconds),
         "sites": [_site_dict(site) for site in graph.sites],

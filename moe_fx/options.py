@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 TARGETS = ("auto", "cpu", "cuda", "ascend")
 DOWNSTREAMS = ("auto", "inductor", "torchair", "eager", "aot_eager")
 LEVELS = ("bitwise", "tolerance")
+ASCEND_COMBINES = ("finalize_routing", "token_unpermute")
+ASCEND_WEIGHTS = ("prepared", "as_is")
 ENV_PREFIX = "MOE_FX_"
 
 
@@ -62,7 +64,26 @@ class Options:
         None, "Called with the report of every compiled graph.", env=False
     )
     downstream_options: Mapping[str, Any] = _option(
-        dict, "Passed on to the downstream compiler (Inductor config patches).", env=False, factory=True
+        dict,
+        "Passed on to the downstream compiler: Inductor config patches, or torchair's mode, gears and CompilerConfig.",
+        env=False,
+        factory=True,
+    )
+    ascend_combine: str = _option(
+        "finalize_routing",
+        "On Ascend, who weighs and sums the experts' rows: npu_moe_finalize_routing or npu_moe_token_unpermute.",
+        choices=ASCEND_COMBINES,
+    )
+    ascend_weights: str = _option(
+        "prepared",
+        "Expert weights on Ascend: a copy in the grouped matmul's layout, made once, or as_is, transposed per call.",
+        choices=ASCEND_WEIGHTS,
+    )
+    ascend_nz: bool = _option(False, "Cast prepared expert weights to the fractal format NZ on Ascend.")
+    cache: bool = _option(True, "Keep lowered graphs on disk, so that the next process need not match them again.")
+    cache_dir: str | None = _option(None, "Where they are kept; by default moe_fx in the user's cache directory.")
+    cache_max_mib: int = _option(
+        1024, "Size in MiB that they are kept under: beyond it, the least recently used are dropped."
     )
 
     @classmethod
@@ -116,6 +137,8 @@ def _parse(f: dataclasses.Field[Any], raw: str) -> Any:
     if isinstance(f.default, bool):
         lowered = raw.strip().lower()
         return True if lowered in _TRUE else False if lowered in _FALSE else raw
+    if isinstance(f.default, int):
+        return int(raw) if raw.strip().isdecimal() else raw
     return raw
 
 
@@ -143,6 +166,12 @@ def _validate(f: dataclasses.Field[Any], value: Any, where: str) -> Any:
 def _boolean(value: Any, where: str) -> bool:
     if not isinstance(value, bool):
         raise OptionError(f"{where} is {value!r}; give True or False (1/0, on/off in the environment)")
+    return value
+
+
+def _size(value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"{where} is {value!r}; give a whole number of MiB above zero")
     return value
 
 
@@ -209,4 +238,8 @@ _VALIDATORS: dict[str, Callable[[Any, str], Any]] = {
     "extra_passes": _passes,
     "report": _callable,
     "downstream_options": _mapping,
+    "ascend_nz": _boolean,
+    "cache": _boolean,
+    "cache_dir": _path,
+    "cache_max_mib": _size,
 }

@@ -46,8 +46,11 @@ class GraphReport:
         pass_seconds: time per pass, in the order they ran.
         capture_seconds: time to bring the graph to ATen.
         nodes_before, nodes_after: graph sizes around the passes.
+        has_matmul: whether the graph does enough for an empty result to be worth a word.
         unfused_reason: why the whole graph ran as it was, if it did.
-        graph: the rewritten graph with canonical ops, before lowering.
+        cache: what came of the compile cache: ``hit``, ``miss: why`` or ``off: why``.
+        cache_seconds: time for the key, and to read or write the entry. On a hit no pass ran: their times are zero.
+        graph: the rewritten graph with canonical ops, before lowering; None for a graph from the cache.
     """
 
     compile_id: str
@@ -58,7 +61,10 @@ class GraphReport:
     capture_seconds: float = 0.0
     nodes_before: int = 0
     nodes_after: int = 0
+    has_matmul: bool = False
     unfused_reason: str = ""
+    cache: str = ""
+    cache_seconds: float = 0.0
     graph: fx.GraphModule | None = None
 
     @property
@@ -103,12 +109,17 @@ def run_passes(gm: fx.GraphModule, options: Options, report: GraphReport, dumper
     gm.recompile()
     report.sites = ctx.sites + _uncaptured_experts(gm.graph, ctx.sites) + _unread_routers(gm.graph, ctx.sites)
     report.nodes_after = len(gm.graph.nodes)
+    report.has_matmul = any(_is_matmul(node) for node in gm.graph.nodes)
     report.graph = copy_graph_module(gm)  # Lowering rewrites gm in place.
 
 
-def lower(gm: fx.GraphModule, report: GraphReport, dumper: GraphDumper) -> None:
+def _is_matmul(node: fx.Node) -> bool:
+    return str(node.target).split(".")[1:2] in [["linear"], ["mm"], ["matmul"], ["bmm"], ["addmm"], ["einsum"]]
+
+
+def lower(gm: fx.GraphModule, options: Options, report: GraphReport, dumper: GraphDumper) -> None:
     """Lower canonical ops to the report's target in place, and note in each site what will run it."""
-    target = targets.load(report.target)
+    target = targets.load(report.target).configured(options)
     nodes = {node.name: node for node in gm.graph.nodes}
     for site in report.matched:
         if site.node in nodes:

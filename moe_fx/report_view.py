@@ -172,6 +172,9 @@ def _facts(explanation: Explanation) -> Iterator[str]:
         times = [("capture", capture), *((p.name, p.seconds) for p in explanation.passes_summary())]
         total = sum(seconds for _, seconds in times)
         yield f"time: {total:.2f} s (" + ", ".join(f"{name} {seconds:.2f}" for name, seconds in times) + ")"
+        outcomes = Counter(graph.cache for graph in explanation.graphs if graph.cache)
+        if outcomes:
+            yield "compile cache: " + "; ".join(f"{text} ×{n}" if n > 1 else text for text, n in outcomes.items())
 
 
 # --- Terminal and plain text -----------------------------------------------------------------------------------------

@@ -1,0 +1,87 @@
+"""What a downstream compiler made, kept beside lowered graphs: for compilers without a cache of their own.
+
+A downstream compiler that can write its result as bytes and read it back calls :meth:`Artifacts.get_or_compile` at the
+place where it has its own graph (after AOTAutograd, say). Inductor needs none of this: its own cache hits.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from torch import fx
+
+from moe_fx.cache.errors import Uncacheable
+from moe_fx.cache.key import graph_digest
+from moe_fx.cache.store import Store, key_of
+from moe_fx.errors import CacheError, MoeFxWarning
+
+__all__ = ["Artifacts"]
+
+Compiled = TypeVar("Compiled")
+
+
+class Artifacts:
+    """The artifacts of one compilation.
+
+    Args:
+        store: where they are kept; None keeps nothing.
+        components: what the compilation depends on besides its graph; see ``key.compile_components``.
+
+    Attributes:
+        outcomes: ``hit`` or ``miss...`` of each artifact that was asked for, in order.
+    """
+
+    def __init__(self, store: Store | None, components: Mapping[str, str]) -> None:
+        self._store = store
+        self._components = {name: digest for name, digest in components.items() if name != "graph"}
+        self.outcomes: list[str] = []
+
+    def get_or_compile(
+        self,
+        kind: str,
+        gm: fx.GraphModule,
+        *,
+        compile: Callable[[], Compiled],
+        dump: Callable[[Compiled], bytes],
+        load: Callable[[bytes], Compiled],
+    ) -> Compiled:
+        """The compiled form of ``gm``: loaded where it is kept, else compiled and kept.
+
+        Args:
+            kind: the compiler's name.
+            gm: the graph as the compiler gets it, with ``val`` or ``example_value`` on its placeholders.
+            compile: makes the compiled form.
+            dump, load: it as bytes, and back. What ``load`` runs is trusted as far as the entry is: it was written by
+                this user, nobody else could change it, and its contents have their hash. Whatever ``load`` raises makes
+                the entry a miss.
+        """
+        if self._store is None:
+            return compile()
+        try:
+            components = {**self._components, "graph": graph_digest(gm)}
+        except Uncacheable as reason:
+            self.outcomes.append(f"off: {reason}")
+            return compile()
+        outcome = "miss"
+        for path in self._store.find(key_of(kind, components)):
+            try:
+                _, body = self._store.read(path)
+                loaded = load(body)
+            except FileNotFoundError:
+                continue
+            except Exception as error:
+                outcome = f"miss: {error}"
+                warnings.warn(f"moe_ascend: {error}; it is made anew", MoeFxWarning, stacklevel=2)
+                continue
+            self._store.touch(path)
+            self.outcomes.append("hit")
+            return loaded
+        self.outcomes.append(outcome)
+        compiled = compile()
+        try:
+            self._store.write(kind, components, dump(compiled))
+        except CacheError as error:
+            warnings.warn(f"moe_ascend: {error}; the next start compiles again", MoeFxWarning, stacklevel=2)
+        return compiled

@@ -1,0 +1,136 @@
+"""What besides the graph and the options decides a result: versions, hardware, ranks, torch's modes, decompositions.
+
+Each function returns plain data, fit for JSON, that is equal in another process of the same surroundings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from moe_fx import __version__
+
+__all__ = ["decompositions", "hardware", "modes", "variables", "versions", "world"]
+
+_DISTRIBUTIONS = ("torch-npu", "triton", "triton-ascend")
+
+
+def versions(target: str) -> dict[str, str | None]:
+    """Releases of everything that takes part, CANN's for the Ascend target."""
+    found: dict[str, str | None] = {name: _release(name) for name in _DISTRIBUTIONS}
+    found |= {
+        "moe-fx": __version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} {torch.version.git_version}",
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+    if target == "ascend":
+        found["cann"] = _ask_torch_npu("get_cann_version")
+    return found
+
+
+def hardware(target: str, device_types: Sequence[str]) -> dict[str, Any]:
+    """The processor as kernels see it, the GPUs' or NPUs' models, and the machine's architecture."""
+    found: dict[str, Any] = {"machine": platform.machine(), "system": sys.platform, "devices": list(device_types)}
+    if target == "cpu" or "cpu" in device_types:
+        found["cpu"] = torch.backends.cpu.get_cpu_capability()
+        found["threads"] = torch.get_num_threads()
+        found["engine"] = _engine()
+    if "cuda" in device_types:
+        found["cuda"] = _gpus()
+    if "npu" in device_types:
+        found["npu"] = _ask_torch_npu("get_device_name")
+    return found
+
+
+def world() -> list[Any]:
+    """The layout of ranks that the process is part of: its backend, size and own rank."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return []
+    return [torch.distributed.get_backend(), torch.distributed.get_world_size(), torch.distributed.get_rank()]
+
+
+def modes() -> dict[str, Any]:
+    """Settings of torch under which the same graph is traced to another result."""
+    kinds = [kind for kind in torch._C._autocast_supported_devices() if torch.is_autocast_enabled(kind)]
+    return {
+        "grad": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "autocast": {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds},
+        "default_dtype": str(torch.get_default_dtype()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "functorch": _functorch_config(),
+    }
+
+
+def variables(known: Sequence[str]) -> dict[str, str]:
+    """Environment variables that steer kernels: ``MOE_FX_*`` but those in ``known``, and Triton's interpreter."""
+    names = [name for name in os.environ if name.startswith("MOE_FX_") and name not in known]
+    return {name: os.environ[name] for name in sorted([*names, *({"TRITON_INTERPRET"} & set(os.environ))])}
+
+
+def decompositions(table: Mapping[Any, Callable[..., Any]]) -> str:
+    """A digest of a decomposition table: which ops it takes apart, and the source of what is not torch's own."""
+    lines = []
+    for op, function in table.items():
+        module = getattr(function, "__module__", "") or ""
+        line = f"{op} {module}.{getattr(function, '__qualname__', '')}"
+        if module.split(".")[0] != "torch":
+            line += _source(function)
+        lines.append(line)
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _release(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _ask_torch_npu(function: str) -> str:
+    """What a function of ``torch_npu.npu`` says; the Ascend target has imported it by now."""
+    torch_npu = sys.modules.get("torch_npu")
+    return "" if torch_npu is None else str(getattr(torch_npu.npu, function)())
+
+
+def _gpus() -> list[list[Any]]:
+    """Model, capability and size of every GPU."""
+    if not torch.cuda.is_available():
+        return []
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [[d.name, d.major, d.minor, d.multi_processor_count, d.total_memory] for d in devices]
+
+
+def _engine() -> dict[str, Any] | None:
+    """The CPU engine's choice of kernels and memory nodes, which the lowering goes by."""
+    try:
+        from moe_fx._C import engine_info
+
+        info = engine_info()
+    except (ImportError, ValueError):
+        return None
+    return {"isa": info["isa"], "nodes": [len(node) for node in info["nodes"]], "own_threads": info["own_threads"]}
+
+
+def _functorch_config() -> str:
+    """The export's own settings that have plain values, as text."""
+    settings = torch._functorch.config.save_config_portable()
+    return repr(sorted((k, v) for k, v in settings.items() if v is None or isinstance(v, (bool, int, float, str))))
+
+
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return repr(getattr(function, "__code__", None) and function.__code__.co_code)

@@ -1,0 +1,109 @@
+"""Conditions on sizes that capture, passes and lowering put on a graph, so that skipping them keeps the conditions.
+
+Whatever asks about a symbolic size (a shape rule that distinguishes 1, say) leaves a guard in dynamo's ShapeEnv, under
+which the result holds; dynamo checks it at every call. On a hit nothing asks, so the guards are kept in the entry as an
+expression over the graph's symbolic inputs. On a hit it is first evaluated on the sizes at hand, then on the symbols
+themselves, which puts the guards back. Inductor's and AOTAutograd's caches do the same with the same two ShapeEnv
+methods, which are what this file isolates.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from moe_fx.cache.errors import Uncacheable
+from moe_fx.errors import CacheError
+
+__all__ = ["SizeGuards"]
+
+
+class SizeGuards:
+    """The guards of one compilation.
+
+    Args:
+        gm: dynamo's graph, before anything was asked about its sizes.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+        mode = torch._guards.detect_fake_mode(values)
+        self._env: ShapeEnv | None = mode.shape_env if mode is not None else None
+        self._sizes: list[Any] = [v for v in values if isinstance(v, torch.SymInt) and _is_input_symbol(v)]
+        # As they are now: a later guard may make one of them a number.
+        self._symbols = {size.node.expr for size in self._sizes}
+        self._known = len(self._env.guards) if self._env is not None else 0
+
+    def describe(self) -> str:
+        """What is known of sizes before anything is asked: ranges of symbols and dynamo's own guards, for the key."""
+        if self._env is None:
+            return ""
+        ranges = sorted(f"{symbol} in {bounds}" for symbol, bounds in self._env.var_to_range.items())
+        asserts = sorted(str(item.expr) for items in self._env.deferred_runtime_asserts.values() for item in items)
+        return "\n".join([*ranges, *(str(guard.expr) for guard in self._env.guards), *asserts])
+
+    def added(self) -> str:
+        """The guards since this object was made, as an expression; "" for none.
+
+        Raises:
+            Uncacheable: one is about a size that is no input of the graph.
+        """
+        if self._env is None:
+            return ""
+        new = list(self._env.guards[self._known :])
+        for guard in new:
+            if not guard.expr.free_symbols <= self._symbols:
+                raise Uncacheable(f"the graph holds under {guard.expr}, which is about sizes that are no inputs of it")
+        if not new:
+            return ""
+        # A symbol that became a number would be left out as static: its guard is what must come back.
+        return self._env.produce_guards_expression(self._sizes, guards=new, ignore_static=False) or ""
+
+    def hold(self, expression: str) -> bool:
+        """Whether kept guards hold for the sizes at hand; if so, dynamo guards on them from here on.
+
+        Raises:
+            CacheError: the expression is not what :meth:`added` writes.
+        """
+        if not expression:
+            return True
+        _check_arithmetic(expression)
+        if self._env is None:
+            return False
+        if not self._env.evaluate_guards_expression(expression, [size.node.hint for size in self._sizes]):
+            return False
+        return bool(self._env.evaluate_guards_expression(expression, self._sizes))
+
+
+def _is_input_symbol(size: torch.SymInt) -> bool:
+    return bool(size.node.expr.is_symbol and size.node.has_hint())
+
+
+_ARITHMETIC = (
+    ast.Expression, ast.BoolOp, ast.boolop, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop,
+    ast.Constant, ast.Load,
+)  # fmt: skip
+_FUNCTION = re.compile(r"math\.\w+|torch\._?sym_\w+|max|min|abs|int|float|bool|IsNonOverlappingAndDenseIndicator")
+
+
+def _check_arithmetic(expression: str) -> None:
+    """Admit numbers, ``L['t0']``, operators, comparisons and calls of a few functions; nothing else is evaluated."""
+    try:
+        pending: list[ast.AST] = [ast.parse(expression, mode="eval")]
+    except SyntaxError as error:
+        raise CacheError("a cache entry's guards are no expression") from error
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Call) and not node.keywords and _FUNCTION.fullmatch(ast.unparse(node.func)):
+            pending += node.args
+        elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "L":
+            pending.append(node.slice)
+        elif isinstance(node, _ARITHMETIC):
+            pending += ast.iter_child_nodes(node)
+        else:
+            raise CacheError(f"a cache entry's guards hold {ast.unparse(node)!r}, which is no arithmetic on sizes")

@@ -1,0 +1,115 @@
+"""The components of a compilation's key, each the digest of one kind of thing that the result depends on.
+
+Components have names so that a miss can say which of them changed. Whatever cannot be put into a component for certain
+(a function among the options, a pass without source) makes the compilation :class:`Uncacheable` instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_fx.cache import environment, sources
+from moe_fx.cache.errors import Uncacheable
+from moe_fx.cache.graph_identity import device_types, graph_lines
+from moe_fx.options import ENV_PREFIX, Options
+from moe_fx.passes.core import Pass
+
+__all__ = ["compile_components", "graph_digest"]
+
+# Options that say where something is kept or whom to tell; the compiled graph is the same with any of them. What needs
+# more than the graph (dumps, live checks) does not use the cache at all.
+_NOT_IN_KEY = ("cache", "cache_dir", "cache_max_mib", "dump_dir", "check_dir", "report")
+_OF_THEIR_OWN = ("extra_passes",)
+
+
+def compile_components(
+    gm: fx.GraphModule,
+    options: Options,
+    *,
+    target: str,
+    downstream: str,
+    mode: str | None,
+    sizes: str,
+    decompositions: Mapping[Any, Callable[..., Any]],
+    passes: list[Pass],
+) -> dict[str, str]:
+    """What the lowered form of ``gm`` depends on.
+
+    Args:
+        gm: dynamo's graph with its floats made constant (``capture.specialize``).
+        target, downstream, mode: as the options and devices decided.
+        sizes: what is known of symbolic sizes (``SizeGuards.describe``).
+        decompositions: the downstream compiler's table.
+        passes: those that would run, in order.
+
+    Raises:
+        Uncacheable: something is not certain to be told apart from its changes.
+    """
+    given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    named = [ENV_PREFIX + name.upper() for name in given]
+    own = [item for item in passes if item not in options.extra_passes]
+    return {
+        "graph": graph_digest(gm),
+        "sizes": _digest(sizes),
+        "options": _digest({name: given[name] for name in given if name not in _NOT_IN_KEY + _OF_THEIR_OWN}),
+        "extra passes": _digest([_extra_pass(item) for item in options.extra_passes]),
+        "plan": _digest([[item.name, item.identity()] for item in own]),
+        "target": _digest([target, downstream, mode]),
+        "sources": sources.digest(),
+        "decompositions": environment.decompositions(decompositions),
+        "versions": _digest(environment.versions(target)),
+        "hardware": _digest(environment.hardware(target, device_types(gm))),
+        "modes": _digest(environment.modes()),
+        "ranks": _digest(environment.world()),
+        "variables": _digest(environment.variables(named)),
+    }
+
+
+def graph_digest(gm: fx.GraphModule) -> str:
+    """See :func:`graph_lines`."""
+    total = hashlib.sha256()
+    for line in graph_lines(gm):
+        total.update(line.encode())
+        total.update(b"\n")
+    return total.hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(_plain(value, ""), sort_keys=True).encode()).hexdigest()
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A setting as JSON data."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, str(key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, where) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(json.dumps(_plain(item, where)) for item in value)
+    if isinstance(value, (torch.dtype, torch.device)):
+        return str(value)
+    raise Uncacheable(f"{where} is a {type(value).__name__}, whose changes the key would not show")
+
+
+def _extra_pass(item: Pass) -> Any:
+    """A user's pass: the source of its module and how the instance is set up; or what its own ``identity`` says."""
+    cls = type(item)
+    if cls.identity is not Pass.identity:
+        return [cls.__qualname__, item.identity()]
+    try:
+        inspect.getsource(importlib.import_module(cls.__module__))
+    except (ImportError, OSError, TypeError) as error:
+        raise Uncacheable(f"the pass {item.name!r} has no source file; override its identity()") from error
+    state = {name: _plain(value, f"{name} of the pass {item.name!r}") for name, value in vars(item).items()}
+    return [cls.__qualname__, item.identity(), state]

@@ -1,0 +1,39 @@
+"""A digest over moe-fx's own code: passes, canonical ops, lowerings, kernels, tuned tables and the C++ extension."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["digest", "file_digests", "files"]
+
+# By name: in an editable install the last two lie outside the folder of moe_fx.
+_PACKAGES = ("moe_fx", "moe_fx.passes", "moe_fx.lowering")
+
+
+def files() -> Iterator[tuple[str, Path]]:
+    """Every file that takes part, with a name that does not depend on where the package lies."""
+    for package in _PACKAGES:
+        # Not __path__, which in an editable install also has the repository's root.
+        root = Path(str(importlib.import_module(package).__file__)).parent
+        for path in sorted(root.rglob("*")):
+            if path.is_file() and "__pycache__" not in path.parts:
+                yield f"{package}/{path.relative_to(root).as_posix()}", path
+    extension = importlib.util.find_spec("moe_fx._C")
+    if extension is not None and extension.origin:
+        yield "moe_fx._C", Path(extension.origin)
+
+
+@functools.cache
+def file_digests() -> dict[str, str]:
+    """The digest of each file, taken once per process: its code does not change while it runs."""
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files()}
+
+
+def digest() -> str:
+    """The digest over all of them."""
+    return hashlib.sha256(repr(sorted(file_digests().items())).encode()).hexdigest()
