@@ -3,6 +3,8 @@
 #   make demo     show what moe-fx does to a model
 #   make test     run the tests; pass arguments to pytest with ARGS, as in: make test ARGS="-k route -x"
 #   make test-arm cross-compile the C++ tests for Arm and run them under QEMU (part of make test where tools are there)
+#   make test-triton-ascend   compile the Triton kernels with Ascend's compilers (part of make test where they install)
+#   make test-ascend  test the Ascend target with real torch_npu and torchair over a stand-in for CANN (x86-64 Linux)
 #   make lint     check style and types of Python and C++
 #   make docs     regenerate the generated pages of docs/
 #   make format   bring Python and C++ into that style
@@ -18,16 +20,25 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+TRITON_ASCEND := $(VENV)/triton-ascend
+ASCEND := $(VENV)/ascend
 BUILD_INPUTS := pyproject.toml $(shell find CMakeLists.txt csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-arm lint format docs wheel clean
+.PHONY: demo test test-arm test-ascend test-triton-ascend lint format docs wheel clean
 
 demo: $(VENV)/models.installed
 	$(BIN)/python -m moe_fx.demo $(ARGS)
 
-test: $(VENV)/test.installed
+test: $(VENV)/test.installed $(TRITON_ASCEND)/installed
 	$(BIN)/pytest $(ARGS)
+
+test-triton-ascend: $(VENV)/test.installed $(TRITON_ASCEND)/installed
+	$(BIN)/pytest tests/ascend_triton $(ARGS)
+
+# The plugin loads the stand-in before torch is imported, whose import loads torch_npu.
+test-ascend: $(ASCEND)/installed
+	PYTHONPATH=tests/ascend $(ASCEND)/bin/pytest -p host_cann.preload tests/ascend $(ARGS)
 
 # Debian: apt-get install cmake doctest-dev g++-aarch64-linux-gnu qemu-user-static. An emulator takes a sample of the
 # larger grids of cases. The last two processors lack i8mm, and i8mm and dotprod: they must not be given code with it.
@@ -74,4 +85,18 @@ $(BIN)/python:
 # One stamp for each set of extras. The extra `pinned` fixes torch, so that no install changes what another one chose.
 $(VENV)/%.installed: $(BUILD_INPUTS) | $(BIN)/python
 	$(PIP) install --editable '.[$*,pinned]'
+	touch $@
+
+# Pinned here, not in an extra: triton-ascend holds a package `triton`, as Triton itself does, and so needs a folder of
+# its own, where an extra would bring moe-fx and torch along. They are built for x86-64 Linux and Python 3.9 to 3.11;
+# elsewhere the tests that need them skip and say why.
+$(TRITON_ASCEND)/installed: Makefile | $(BIN)/python
+	rm -rf $(TRITON_ASCEND)
+	$(PIP) install --no-deps --target $(TRITON_ASCEND) triton-ascend==3.2.0 ascendnpu-ir==1.0.0 pybind11==3.1.0 && \
+	  touch $@ || echo "warning: no Ascend compilers here; the tests in tests/ascend_triton will be skipped" >&2
+
+# An environment of its own: where torch_npu is installed, `import torch` loads it and fails without CANN.
+$(ASCEND)/installed: $(BUILD_INPUTS)
+	$(PYTHON) -m venv $(ASCEND)
+	$(ASCEND)/bin/python -m pip --disable-pip-version-check install --editable '.[ascend,pinned]'
 	touch $@

@@ -1,5 +1,9 @@
-"""The ascend target. Canonical ops run through their references here; its kernels plug in at this place."""
+"""The ascend target: canonical ops on torch_npu's operators, finished by torchair.
 
-from moe_fx.lowering.targets import ReferenceTarget
+``target`` decides node by node; ``route``, ``experts``, ``experts_int8``, ``experts_int4``, ``norms`` and ``rope`` know
+the operators of one canonical op each. Nothing here imports torch_npu or torchair before a graph needs them.
+"""
 
-TARGET = ReferenceTarget("ascend")
+from moe_fx.lowering.ascend.target import AscendTarget
+
+TARGET = AscendTarget()

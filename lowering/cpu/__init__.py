@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from moe_fx.lowering.cpu import experts
+from moe_fx.lowering.inline import inline
 from moe_fx.lowering.targets import ReferenceTarget, canonical_name
 
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -43,7 +44,7 @@ class CpuTarget(ReferenceTarget):
                 continue
             form = _form(node, downstream)
             if form is not None:
-                experts.inline(gm, node, form)
+                inline(gm, node, form, list(node.args), **node.kwargs)
         gm.graph.lint()
         gm.recompile()
 

@@ -131,30 +131,3 @@ def _combine(pairs: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torc
 def _given(tensor: torch.Tensor | None) -> torch.Tensor:
     assert tensor is not None
     return tensor
-
-
-def inline(gm: fx.GraphModule, node: fx.Node, form: Callable[..., torch.Tensor]) -> None:
-    """Replace ``node`` by the ATen ops of ``form``, traced on the node's own FakeTensors."""
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    inputs = [arg for arg in node.args if isinstance(arg, fx.Node)]
-    fakes = [arg.meta["val"] for arg in inputs]
-
-    def call(*tensors: torch.Tensor) -> torch.Tensor:
-        given = iter(tensors)
-        return form(*(next(given) if isinstance(arg, fx.Node) else arg for arg in node.args), **node.kwargs)
-
-    mode = torch._guards.detect_fake_mode(fakes)
-    with mode or torch.no_grad(), torch.no_grad():
-        traced = make_fx(call)(*fakes)
-    placeholders = traced.graph.find_nodes(op="placeholder")
-    copies: dict[fx.Node, fx.Node] = dict(zip(placeholders, inputs, strict=True))
-    with gm.graph.inserting_before(node):
-        result = gm.graph.graph_copy(traced.graph, copies)
-    for copy in copies.values():
-        for key in ("stack_trace", "nn_module_stack"):
-            if copy not in inputs and key in node.meta:
-                copy.meta[key] = node.meta[key]
-    assert isinstance(result, fx.Node)
-    node.replace_all_uses_with(result)
-    gm.graph.erase_node(node)

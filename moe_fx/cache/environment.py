@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import inspect
+import operator
 import os
 import platform
 import sys
@@ -34,7 +35,7 @@ def versions(target: str) -> dict[str, str | None]:
         "hip": torch.version.hip,
     }
     if target == "ascend":
-        found["cann"] = _ask_torch_npu("get_cann_version")
+        found["cann"] = _ask_torch_npu("utils.get_cann_version")
     return found
 
 
@@ -101,7 +102,7 @@ def _release(distribution: str) -> str | None:
 def _ask_torch_npu(function: str) -> str:
     """What a function of ``torch_npu.npu`` says; the Ascend target has imported it by now."""
     torch_npu = sys.modules.get("torch_npu")
-    return "" if torch_npu is None else str(getattr(torch_npu.npu, function)())
+    return "" if torch_npu is None else str(operator.attrgetter(function)(torch_npu.npu)())
 
 
 def _gpus() -> list[list[Any]]:

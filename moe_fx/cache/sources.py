@@ -1,4 +1,4 @@
-"""A digest over moe-fx's own code: passes, canonical ops, lowerings, kernels, tuned tables and the C++ extension."""
+"""A digest over moe-fx's own code: passes, canonical ops, lowerings, kernels, tuned tables and compiled libraries."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ __all__ = ["digest", "file_digests", "files"]
 
 # By name: in an editable install the last two lie outside the folder of moe_fx.
 _PACKAGES = ("moe_fx", "moe_fx.passes", "moe_fx.lowering")
+# Names the Ascend C kernels where they are not in the package (``lowering/ascend/w4a16.py``).
+_LIBRARY_VARIABLE = "MOE_FX_ASCENDC_LIBRARY"
 
 
 def files() -> Iterator[tuple[str, Path]]:
@@ -26,6 +29,9 @@ def files() -> Iterator[tuple[str, Path]]:
     extension = importlib.util.find_spec("moe_fx._C")
     if extension is not None and extension.origin:
         yield "moe_fx._C", Path(extension.origin)
+    library = Path(os.environ.get(_LIBRARY_VARIABLE, ""))
+    if library.is_file():
+        yield library.name, library
 
 
 @functools.cache

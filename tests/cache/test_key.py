@@ -347,14 +347,22 @@ def test_every_option_takes_part_or_is_known_not_to() -> None:
 
 
 def test_cann_and_npu_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    npu = SimpleNamespace(get_cann_version=lambda: "9.1", get_device_name=lambda: "Ascend910B")
+    utils = SimpleNamespace(get_cann_version=lambda: "9.1")
+    npu = SimpleNamespace(utils=utils, get_device_name=lambda: "Ascend910B")
     monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu=npu))
     versions, hardware = environment.versions("ascend"), environment.hardware("ascend", ["npu"])
-    npu.get_cann_version = lambda: "9.2"
+    utils.get_cann_version = lambda: "9.2"
     assert environment.versions("ascend") != versions
     assert environment.hardware("ascend", ["npu"]) == hardware
     npu.get_device_name = lambda: "Ascend310P"
     assert environment.hardware("ascend", ["npu"]) != hardware
+
+
+def test_a_kernel_library_of_its_own_takes_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "libkernels.so"
+    library.write_bytes(b"one")
+    monkeypatch.setenv("MOE_FX_ASCENDC_LIBRARY", str(library))
+    assert dict(sources.files())["libkernels.so"] == library
 
 
 def test_an_edit_of_a_source_file_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

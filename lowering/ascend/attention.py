@@ -1,0 +1,106 @@
+"""``attention`` on ``npu_fused_infer_attention_score``, over the key/value heads as they are stored.
+
+The operator's mask is of the opposite sense (True is left out) and has no dimension for heads. With one query it runs
+as incremental attention, which takes a mask but no causal mode, and leaves the result of a query whose mask leaves out
+every key open (no model reads one). With several, causal attention counted from the first key is its sparse mode 2,
+whose mask is one fixed triangle for any size. Source: torch_npu's documentation of the operator; not run on an NPU.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from moe_fx.lowering.ascend.arguments import bound, value
+from moe_fx.lowering.ascend.choice import Choice, require
+from moe_fx.lowering.inline import inline
+
+_MAX_HEADS, _MAX_GROUP, _MAX_WIDTH = 256, 64, 512
+# Sparse modes: the mask says all; causal from the first key on, with a compressed mask of this size.
+_WHOLE_MASK, _CAUSAL, _COMPRESSED = 0, 2, 2048
+# Bit 1 of inner_precise gives zeros to queries that the mask leaves nothing; the operator has it for several queries.
+_PRECISE, _PRECISE_EMPTY_ROWS = 0, 2
+
+
+def choose(node: fx.Node) -> Choice:
+    """The operator for an ``attention`` node.
+
+    Raises:
+        Refused: it cannot compute it.
+    """
+    a = bound(node)
+    q, k, v, mask = (value(a[name]) for name in ("q", "k", "v", "mask"))
+    heads, kv_heads, width = q.shape[1], k.shape[1], q.shape[3]
+    require(q.dtype in (torch.float16, torch.bfloat16), f"queries are {q.dtype}; the operator takes fp16 and bf16")
+    require(width == v.shape[3], f"keys are {width} wide and values {v.shape[3]}; the operator takes one width")
+    require(width % 16 == 0 and width <= _MAX_WIDTH, f"heads of width {width}, not a multiple of 16 up to {_MAX_WIDTH}")
+    require(heads <= _MAX_HEADS and heads // kv_heads <= _MAX_GROUP, f"{heads} heads over {kv_heads}")
+    single = statically_known_true(q.shape[2] == 1)
+    require(single or statically_known_true(q.shape[2] > 1), "there may be one query or several")
+    require(not (single and a["is_causal"]), "a single query with is_causal attends to the first key only")
+    if mask is not None:
+        _check_mask(mask, q, k)
+    static: dict[str, Any] = dict(
+        is_causal=a["is_causal"],
+        scale=1 / math.sqrt(width) if a["scale"] is None else a["scale"],
+        single=single,
+        # The layout that PyTorch's attention has on most devices, and that the views behind it may count on.
+        token_major=not single and value(node).transpose(1, 2).is_contiguous(),
+    )
+
+    def rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
+        inline(gm, node, attention, [a["q"], a["k"], a["v"], a["mask"]], **static)
+
+    return Choice("torch_npu npu_fused_infer_attention_score", rewrite)
+
+
+def _check_mask(mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
+    require(mask.dtype == torch.bool, f"the mask is {mask.dtype}; the operator takes boolean ones")
+    require(mask.dim() in (2, 4), f"the mask is of rank {mask.dim()}")
+    require(mask.dim() == 2 or mask.shape[1] == 1, "the mask differs from head to head")
+    require(statically_known_true(mask.shape[-1] == k.shape[2]), "the mask is broadcast over keys")
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    is_causal: bool,
+    scale: float,
+    single: bool,
+    token_major: bool,
+) -> torch.Tensor:
+    """``attention`` with a boolean mask or none.
+
+    Args:
+        single: whether there is one query.
+        token_major: whether the result lies as [B, S, H, D] in memory.
+    """
+    batch, heads, queries, _ = q.shape
+    left_out, sparse_mode, precision = None, _WHOLE_MASK, _PRECISE
+    if is_causal:
+        position = torch.arange(_COMPRESSED, device=q.device)
+        left_out, sparse_mode = position[None, :] > position[:, None], _CAUSAL
+    elif mask is not None:
+        # Sizes of the mask may be 1 where the operator wants them whole.
+        left_out = mask.logical_not().expand(batch, 1, queries, k.shape[2]).contiguous()
+        precision = _PRECISE if single else _PRECISE_EMPTY_ROWS
+    result = torch.ops.npu.npu_fused_infer_attention_score.default(
+        q.contiguous(),
+        k.contiguous(),
+        v.contiguous(),
+        atten_mask=left_out,
+        num_heads=heads,
+        num_key_value_heads=k.shape[1],
+        scale=scale,
+        input_layout="BNSD_BSND" if token_major else "BNSD",
+        sparse_mode=sparse_mode,
+        inner_precise=precision,
+    )[0]
+    return result.transpose(1, 2) if token_major else result

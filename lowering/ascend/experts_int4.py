@@ -1,0 +1,86 @@
+"""``experts_int4`` (W4A16): the project's own kernel for few tokens, ``npu_grouped_matmul`` with antiquant otherwise.
+
+Both read the same packed weights, so a graph for few tokens and one for many share them. Without the kernel library
+(``w4a16.kernel_library``) every graph takes the grouped product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from moe_fx.lowering.ascend import w4a16
+from moe_fx.lowering.ascend import weights as recipes
+from moe_fx.lowering.ascend.antiquant import widened
+from moe_fx.lowering.ascend.arguments import bound, value
+from moe_fx.lowering.ascend.choice import Choice, require
+from moe_fx.lowering.ascend.experts import activation_name, are_inputs, bias_dtype, check_shapes
+from moe_fx.lowering.ascend.settings import Settings
+from moe_fx.lowering.inline import inline
+from moe_fx.lowering.prepared_inputs import call_recipe
+
+_HALF = (torch.bfloat16, torch.float16)
+# int4 values that share one int32.
+_PER_WORD = 8
+
+
+def choose(node: fx.Node, settings: Settings, ids_in_range: bool) -> Choice:
+    """The operators for an ``experts_int4`` node; see ``experts.choose``.
+
+    Raises:
+        Refused: they cannot compute it.
+    """
+    a = bound(node)
+    check_shapes(a)
+    x, w13, w2 = value(a["x"]), value(a["w13"]), value(a["w2"])
+    require(not a["dynamic_activations"], "npu_grouped_matmul has no int4 weights with int8 activations in groups")
+    require(x.dtype in _HALF, f"x is {x.dtype}; int4 weights give bf16 and fp16 results")
+    weights = ("w13", "w13_scale", "w2", "w2_scale", "w13_zero", "w2_zero", "b13", "b2")
+    require(
+        are_inputs(a[name] for name in weights), "a weight is computed in the graph, and would be packed every call"
+    )
+    for name, weight in (("w13", w13), ("w2", w2)):
+        require(weight.shape[1] % _PER_WORD == 0, f"{name} has {weight.shape[1]} rows, not a multiple of {_PER_WORD}")
+    layout = "none" if a["layout"] == "none" else "gate_up"
+    activation = activation_name(a["act"], a["limit"], layout)
+    few = w4a16.takes(a) and statically_known_true(x.shape[0] <= w4a16.MAX_TOKENS)
+    own = few and ids_in_range and w4a16.kernel_library() is not None
+
+    def rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
+        operands = [a["x"], a["weights"], a["ids"], *_operands(node, a)]
+        if own:
+            inline(gm, node, w4a16.call, operands[:9], out_dtype=a["out_dtype"])
+            return
+        static = {key: a[key] for key in ("act", "alpha", "limit", "out_dtype")}
+        chosen = dict(layout=layout, combine=settings.combine, ids_in_range=ids_in_range)
+        inline(gm, node, widened, operands, **chosen, **static)
+
+    if own:
+        return Choice("moe_fx_ascend experts_w4a16 (Ascend C)", rewrite)
+    missing = ", for lack of the Ascend C kernel library" if few and ids_in_range else ""
+    return Choice(f"torch_npu grouped_matmul (W4A16) + {activation} + {settings.combine}{missing}", rewrite)
+
+
+def _operands(node: fx.Node, a: dict[str, Any]) -> list[fx.Node | None]:
+    """[w13, its scale and offset, w2, its scale and offset, b13, b2] as ``antiquant.widened`` takes them."""
+    dtype = value(a["x"]).dtype
+
+    def projection(name: str, layout: str) -> list[fx.Node]:
+        packed, scale, zero = a[name], a[f"{name}_scale"], a[f"{name}_zero"]
+        form = dict(layout=layout, dtype=dtype)
+        offsets = (scale,) if zero is None else (scale, zero)
+        return [
+            call_recipe(node, recipes.int4_packed, packed, layout=layout),
+            call_recipe(node, recipes.group_scales, scale, **form),
+            call_recipe(node, recipes.group_offsets, *offsets, **form),
+        ]
+
+    def bias(vector: fx.Node | None, layout: str) -> fx.Node | None:
+        form = dict(layout=layout, dtype=bias_dtype(dtype))
+        return None if vector is None else call_recipe(node, recipes.columns, [vector], **form)
+
+    first, second = projection("w13", a["layout"]), projection("w2", "gate_up")
+    return [*first, *second, bias(a["b13"], a["layout"]), bias(a["b2"], "gate_up")]

@@ -1,0 +1,205 @@
+"""Weights in the form that a kernel wants, made once per weight and not in every call.
+
+A lowering writes the change of form into the graph as a call of an op of the namespace ``moe_fx_prepare`` on graph
+inputs, registered with :func:`recipe`. The graph means the same with or without what follows, and can be kept and read
+back. Before it is compiled, :func:`hoist` takes these calls out: the compiled graph has an input for each result, and a
+wrapper with the outer calling convention makes them.
+
+A result is made at the first call with a weight, one at a time. A weight that was written to since (its version counter
+moved, or its memory is another) is prepared again, into the same memory, so that captured graphs stay valid. A result
+is dropped with its weight.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import is_fake
+from torch.utils._pytree import tree_map
+
+NAMESPACE = "moe_fx_prepare"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# How dynamo and torchair mark a tensor that stays where it is between calls.
+_STATIC = "_dynamo_static_input_type"
+
+Compiled = Callable[..., Any]
+
+
+def recipe(schema: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Register a function as ``moe_fx_prepare::<its name>``; it must be pure, and its result must own its memory.
+
+    Args:
+        schema: arguments and return in PyTorch's schema language, without the name.
+    """
+
+    def register(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        _LIBRARY.define(f"{function.__name__}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(function.__name__, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{function.__name__}", function, lib=_LIBRARY)
+        return function
+
+    return register
+
+
+def call_recipe(before: fx.Node, made_by: Callable[..., torch.Tensor], *args: Any, **kwargs: Any) -> fx.Node:
+    """A call of a registered recipe for ``before`` to use; an equal one that is there already is shared."""
+    target = getattr(getattr(torch.ops, NAMESPACE), made_by.__name__).default
+    graph = before.graph
+    for node in graph.find_nodes(op="call_function", target=target):
+        if node.args == args and node.kwargs == kwargs:
+            return node
+    # Behind all graph inputs and earlier recipes, so that every later user can share it.
+    first = [n for n in graph.nodes if n.op == "placeholder" or _is_recipe(n)]
+    with graph.inserting_after(first[-1]):
+        node = graph.call_function(target, args, kwargs)
+    fake_args, fake_kwargs = fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+    node.meta = {key: before.meta[key] for key in ("stack_trace", "nn_module_stack") if key in before.meta}
+    mode = torch._guards.detect_fake_mode([n.meta["val"] for n in node.all_input_nodes])
+    with mode or torch.no_grad(), torch.no_grad():
+        node.meta["val"] = target(*fake_args, **fake_kwargs)
+    return node
+
+
+def hoist(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callable[[Compiled], Compiled]]:
+    """Replace every recipe over graph inputs by a graph input, in place.
+
+    Args:
+        inputs: example inputs (fake, as dynamo gives them) of the graph as it is.
+
+    Returns:
+        Example inputs of the graph as it is now, and a function that gives a compiled graph the calling convention back
+        that the graph had.
+    """
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    position = {node: index for index, node in enumerate(placeholders)}
+    recipes: list[_Recipe] = []
+    hoisted: list[fx.Node] = []
+    for node in list(gm.graph.nodes):
+        if _is_recipe(node) and all(operand in position for operand in node.all_input_nodes):
+            recipes.append(_Recipe.of(node, position))
+            hoisted.append(_input_instead(node, [*placeholders, *hoisted][-1]))
+    if not recipes:
+        return list(inputs), lambda compiled: compiled
+    sources = {source for item in recipes for source in item.sources}
+    kept = [index for index, node in enumerate(placeholders) if index not in sources or node.users]
+    for index in sources - set(kept):
+        gm.graph.erase_node(placeholders[index])
+    gm.graph.lint()
+    gm.recompile()
+    examples = [inputs[index] for index in kept] + [_example(item, inputs) for item in recipes]
+    return examples, lambda compiled: _Prepared(compiled, tuple(kept), tuple(recipes))
+
+
+def _is_recipe(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """A call over graph inputs, which its arguments name by position."""
+
+    target: Callable[..., torch.Tensor]
+    args: Any
+    kwargs: Any
+    sources: tuple[int, ...]
+
+    @classmethod
+    def of(cls, node: fx.Node, position: dict[fx.Node, int]) -> _Recipe:
+        args, kwargs = tree_map(
+            lambda a: _Position(position[a]) if isinstance(a, fx.Node) else a, (node.args, node.kwargs)
+        )
+        assert callable(node.target)
+        return cls(node.target, args, kwargs, tuple(position[n] for n in node.all_input_nodes))
+
+    def make(self, inputs: Sequence[Any] | Mapping[int, Any]) -> torch.Tensor:
+        """The result for these graph inputs."""
+        args, kwargs = tree_map(lambda a: inputs[a.index] if isinstance(a, _Position) else a, (self.args, self.kwargs))
+        with torch.no_grad():
+            return self.target(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Position:
+    index: int
+
+
+def _input_instead(node: fx.Node, last_input: fx.Node) -> fx.Node:
+    """Give the graph an input for the result of ``node``, with what compilers ask of dynamo's inputs."""
+    from torch._dynamo.source import AttrSource
+
+    assert isinstance(node.target, torch._ops.OpOverload)
+    first = node.all_input_nodes[0]
+    with node.graph.inserting_after(last_input):
+        result = node.graph.placeholder(f"{first.name}_{node.target._opname}")
+    for key in ("stack_trace", "nn_module_stack", "val"):
+        if key in node.meta:
+            result.meta[key] = node.meta[key]
+    if _STATIC in first.meta.get("tensor_dict", {}):
+        result.meta["tensor_dict"] = {_STATIC: first.meta["tensor_dict"][_STATIC]}
+    if hasattr(first, "_dynamo_source"):
+        # A source of its own: compilers refuse two inputs of one source.
+        result._dynamo_source = AttrSource(first._dynamo_source, result.name)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    return result
+
+
+def _example(item: _Recipe, inputs: Sequence[Any]) -> torch.Tensor:
+    first = inputs[item.sources[0]]
+    mode = torch._guards.detect_fake_mode(inputs)
+    if mode is None:
+        return item.make(inputs)
+    # Dynamo gives parameters as they are.
+    fakes = {
+        source: given if is_fake(given) else mode.from_tensor(given, static_shapes=True)
+        for source, given in ((source, inputs[source]) for source in item.sources)
+    }
+    with mode:
+        result = item.make(fakes)
+    marked = getattr(first, _STATIC, "unguarded" if isinstance(first, torch.nn.Parameter) else None)
+    if marked is not None:
+        setattr(result, _STATIC, marked)
+    return result
+
+
+@dataclass
+class _Value:
+    state: tuple[tuple[int, int], ...]
+    tensor: torch.Tensor
+
+
+class _Prepared:
+    """A compiled graph behind the calling convention that it had before ``hoist``."""
+
+    def __init__(self, compiled: Compiled, kept: tuple[int, ...], recipes: tuple[_Recipe, ...]) -> None:
+        self._compiled, self._kept, self._recipes = compiled, kept, recipes
+        self._values: dict[tuple[int, ...], _Value] = {}
+
+    def __call__(self, *args: Any) -> Any:
+        prepared = [self._value(number, item, args) for number, item in enumerate(self._recipes)]
+        return self._compiled(*[args[index] for index in self._kept], *prepared)
+
+    def _value(self, number: int, item: _Recipe, args: Sequence[Any]) -> torch.Tensor:
+        sources = [args[source] for source in item.sources]
+        key = (number, *map(id, sources))
+        state = tuple((_version(source), source.data_ptr()) for source in sources)
+        value = self._values.get(key)
+        if value is None:
+            value = self._values[key] = _Value(state, item.make(args))
+            for source in sources:
+                weakref.finalize(source, self._values.pop, key, None)
+        elif value.state != state:
+            with torch.no_grad():
+                value.tensor.copy_(item.make(args))
+            value.state = state
+        return value.tensor
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Inference tensors have no counter; they cannot be written to outside inference mode either.
+    return 0 if tensor.is_inference() else tensor._version
