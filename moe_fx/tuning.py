@@ -28,7 +28,7 @@ def tune(
         group: inputs a scale of int4 weights.
         formats: ``bf16``, ``int4``.
         tokens: token counts; None is one to 1,024 in steps.
-        progress: told of every count that is done; the file is written after each format.
+        progress: told of every count that is done; the file is written then.
 
     Returns:
         The file, and all that it holds now.
@@ -47,11 +47,13 @@ def tune(
         raise MissingToolchainError(f"moe-fx tune runs Triton kernels ({error}); pip install triton") from error
     hidden, inter, n_experts, top_k = shape
     sizes = search.Shape(hidden, inter, n_experts, top_k, group)
-    if "int4" in formats and (sizes.hidden % group or sizes.inter % group):
-        raise OptionError(f"int4 groups of {group} inputs do not divide H={sizes.hidden} and I={sizes.inter}")
+    if "int4" in formats and (hidden % group or inter % group or group % 32):
+        raise OptionError(f"int4 groups of {group} inputs must be multiples of 32 that divide H={hidden} and I={inter}")
     path = output or configs.user_file(device.family(torch.device("cuda")))
     table = configs.read(path) if path.exists() else {}
-    for each in formats:
-        search.tune(sizes, [each], tokens or search.TOKENS, table, progress)
+
+    def save() -> None:
         configs.write(path, torch.cuda.get_device_name(), table)
+
+    search.tune(sizes, formats, tokens or search.TOKENS, table, progress, save)
     return path, table

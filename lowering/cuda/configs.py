@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 import platformdirs
 import torch
 
-from moe_fx.errors import OptionError
+from moe_fx.errors import MoeFxWarning, OptionError
 from moe_fx.lowering.cuda import device
 
 ENVIRONMENT = "MOE_FX_TUNED"
@@ -40,24 +41,22 @@ Table = dict[str, dict[str, dict[int, Parameters]]]
 Record = dict[str, tuple[str, Parameters]]
 
 
-def lookup(
-    kernel: str, variant: str, tokens: int, defaults: Mapping[str, int], on: torch.device | None = None
-) -> Parameters:
+def lookup(kernel: str, variant: str, tokens: int, defaults: Mapping[str, int], on: torch.device) -> Parameters:
     """The launch parameters of a call: ``defaults``, with those replaced that were measured for its like.
 
     Args:
         kernel, variant: as the launcher names them.
         tokens: the call's token count; the entry nearest to it in ratio serves.
         defaults: every parameter that the kernel has.
-        on: the tensors' device; the current CUDA device when not given.
+        on: the tensors' device.
 
-    Raises:
-        OptionError: a file of measured parameters is no such file, or names a parameter that the kernel lacks.
+    A file that holds no such parameters is left out, and so is an entry for another version of the kernel, each with a
+    warning: the call needs neither.
     """
     if kernel in (forced_ones := _FORCED.get()):
         found = {**defaults, **forced_ones[kernel]}
     else:
-        found = dict(_choose(kernel, variant, max(tokens, 1), tuple(defaults.items()), device.family(on or _CURRENT)))
+        found = dict(_choose(kernel, variant, max(tokens, 1), tuple(defaults.items()), device.family(on)))
     for record in _RECORDS.get():
         record[kernel] = (variant, found)
     return found
@@ -86,7 +85,6 @@ def recorded() -> Iterator[Record]:
 
 _RECORDS: ContextVar[tuple[Record, ...]] = ContextVar("recorded", default=())
 _FORCED: ContextVar[Mapping[str, Mapping[str, int]]] = ContextVar("forced", default=MappingProxyType({}))
-_CURRENT = torch.device("cuda")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,17 +100,29 @@ def _choose(
             continue
         unknown = entries[nearest].keys() - dict(defaults).keys()
         if unknown:
-            raise OptionError(
+            _warn(
                 f"{source}: {kernel}/{variant} sets {', '.join(sorted(unknown))}, which this version's kernel does not "
                 "have; make the file anew with `moe-fx tune`"
             )
+            continue
         return {**dict(defaults), **entries[nearest]}
     return dict(defaults)
 
 
 @functools.cache
 def _tables(family: str) -> list[tuple[Path, Table]]:
-    return [(path, read(path)) for path in files(family) if path.exists()]
+    tables = []
+    for path in files(family):
+        if path.exists():
+            try:
+                tables.append((path, read(path)))
+            except OptionError as error:
+                _warn(str(error))
+    return tables
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"moe_ascend: {message}; default launch parameters serve instead", MoeFxWarning, stacklevel=2)
 
 
 def files(family: str) -> list[Path]:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # Triton decides this when a kernel is decorated, so it is a constant of the process: kernels run in its interpreter, on
 # CPU tensors, for tests without a GPU.
@@ -46,6 +52,18 @@ def programs(tensor: torch.Tensor) -> int:
     if INTERPRETED:
         return _INTERPRETED_PROGRAMS
     return _multiprocessors(_index(tensor.device)) * _PROGRAMS_PER_MULTIPROCESSOR
+
+
+def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:
+    """Run a launcher on the device of its first operand, whatever the current one is, on which Triton would launch."""
+
+    @functools.wraps(launch)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first = next((given for given in (*args, *kwargs.values()) if isinstance(given, torch.Tensor)), None)
+        with torch.cuda.device(first.device) if first is not None and first.is_cuda else contextlib.nullcontext():
+            return launch(*args, **kwargs)
+
+    return run
 
 
 def _index(device: torch.device) -> int:

@@ -8,17 +8,15 @@ import torch
 import triton
 
 from moe_fx.lowering.cuda import configs, device
-from moe_fx.lowering.ops.activation import ACTIVATIONS
+from moe_fx.lowering.cuda.operands import DTYPE_NAMES, OFFSETS
+from moe_fx.lowering.ops.activation import ACTIVATIONS, UNARY
 from moe_fx.lowering.triton.expert_tiles import count_pairs_kernel, place_pairs_kernel
 from moe_fx.lowering.triton.experts_grouped import combine_kernel
 
-DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 MAX_EXPERTS = 512
 MAX_TOP_K = 32
 # Pairs that one program per expert counts by itself; beyond, a kernel of one program per block of pairs counts first.
 COUNTED_AT_ONCE = 8192
-# Kernels take offsets within one expert's matrix in 32 bits.
-_MAX_SPAN = 2**31
 _COMBINE_BLOCK = 1024
 
 # The kernels that every experts op launches, with what a tuner may try.
@@ -29,12 +27,11 @@ TUNABLE: dict[str, dict[str, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class Tiles:
-    """Pairs sorted by expert, in tiles of at most ``block_m`` rows; see ``place_pairs_kernel``."""
+    """Pairs sorted by expert and cut into tiles; see ``place_pairs_kernel``."""
 
     order: torch.Tensor
     tiles: torch.Tensor
     max_tiles: int
-    block_m: int
 
 
 def refusal(
@@ -42,6 +39,7 @@ def refusal(
     weights: torch.Tensor,
     ids: torch.Tensor,
     n_experts: int,
+    gated: bool,
     act: str,
     limit: float | None,
     out_dtype: torch.dtype | None,
@@ -56,8 +54,8 @@ def refusal(
         return f"{n_experts} experts are more than {MAX_EXPERTS}" if n_experts else "there are no experts"
     if not 0 < ids.shape[1] <= MAX_TOP_K:
         return f"k = {ids.shape[1]} is not between 1 and {MAX_TOP_K}"
-    if act not in ACTIVATIONS:
-        return f"act = {act!r} has no kernel"
+    if act not in (ACTIVATIONS if gated else UNARY):
+        return f"act = {act!r} has no kernel" + ("" if gated else " without an up projection")
     if act == "silu_then_clamp" and limit is None:
         return "act = 'silu_then_clamp' needs a limit"
     return None
@@ -68,7 +66,7 @@ def too_wide(**matrices: torch.Tensor | None) -> str | None:
     for name, matrix in matrices.items():
         if matrix is not None:
             span = sum((size - 1) * stride for size, stride in zip(matrix.shape[1:], matrix.stride()[1:], strict=True))
-            if span >= _MAX_SPAN:
+            if span >= OFFSETS:
                 return f"one expert of {name} spans {span} elements, more than 32-bit offsets reach"
     return None
 
@@ -116,7 +114,7 @@ def sort_pairs(ids: torch.Tensor, n_experts: int, block_m: int) -> Tiles:
         counts = torch.empty((n_blocks, shape["BLOCK_E"]), dtype=torch.int32, device=ids.device)
         count_pairs_kernel[grid(n_blocks, ids)](ids, counts, n_pairs, **shape)
     place_pairs_kernel[grid(n_experts, ids)](ids, counts, order, tiles, n_pairs, max_tiles, BLOCK_M=block_m, **shape)
-    return Tiles(order, tiles, max_tiles, block_m)
+    return Tiles(order, tiles, max_tiles)
 
 
 def combine(

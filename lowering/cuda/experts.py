@@ -11,7 +11,9 @@ import torch
 import triton
 
 from moe_fx.lowering.cuda import configs, expert_plan
-from moe_fx.lowering.cuda.expert_plan import DTYPE_NAMES, fit, grid, row_stride
+from moe_fx.lowering.cuda.device import on_its_device
+from moe_fx.lowering.cuda.expert_plan import fit, grid, row_stride
+from moe_fx.lowering.cuda.operands import DTYPE_NAMES
 from moe_fx.lowering.ops import experts as canonical
 from moe_fx.lowering.triton.experts_grouped import down_tiles_kernel, gate_up_tiles_kernel
 from moe_fx.lowering.triton.experts_pairs import down_pairs_kernel, gate_up_pairs_kernel
@@ -21,14 +23,14 @@ TUNABLE: dict[str, dict[str, tuple[int, ...]]] = {
     # Up to how many pairs (tokens * k) the kernels for few tokens run.
     "experts": {"PAIRS": (0, 8, 16, 32, 64, 128)},
     "experts_gate_up_pairs": {
-        "BLOCK_N": (1, 2, 4, 8, 16, 32, 64),
-        "BLOCK_K": (32, 64, 128, 256, 512, 1024),
+        "BLOCK_N": (1, 2, 4, 8, 16, 32),
+        "BLOCK_K": (64, 128, 256, 512, 1024),
         "num_warps": (1, 2, 4, 8),
     },
     "experts_down_pairs": {
         "BLOCK_S": (1, 2, 4, 8),
-        "BLOCK_N": (1, 2, 4, 8, 16, 32),
-        "BLOCK_K": (32, 64, 128, 256, 512, 1024),
+        "BLOCK_N": (1, 2, 4, 8, 16),
+        "BLOCK_K": (64, 128, 256, 512),
         "num_warps": (1, 2, 4, 8),
     },
     "experts_tiles": {"BLOCK_M": (16, 32, 64, 128)},
@@ -64,6 +66,7 @@ class _Projections:
     gated: bool
 
 
+@on_its_device
 def experts(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -102,9 +105,10 @@ def experts(
     b2 = b2 if b2 is None else b2.contiguous()
     on_input = weight_on == "input"
     of = _projections(layout, w13, w3, b13, b3, inter)
+    bias = of.up_bias if of.gate_bias is None else of.gate_bias
     # Weights whose rows lie along the channels are read in other blocks.
     across = of.gate.stride(1) == 1 and of.gate.stride(2) != 1
-    variant = f"{DTYPE_NAMES[x.dtype]}{'-transposed' if across else ''}-E{n_experts}-k{top_k}"
+    variant = f"{DTYPE_NAMES[x.dtype]}{'-transposed' if across else ''}-H{hidden}-I{inter}-E{n_experts}-k{top_k}"
 
     def tuned(kernel: str, defaults: dict[str, int]) -> dict[str, int]:
         return configs.lookup(kernel, variant, n_tokens, defaults, x.device)
@@ -117,7 +121,7 @@ def experts(
         "TOP_K": top_k,
         **_strides("W", of.gate),
         **_strides("UP", of.up),
-        "B_E": 0 if of.gate_bias is None else of.gate_bias.stride(0),
+        "B_E": 0 if bias is None else bias.stride(0),
         "GATE_AT": of.gate_at,
         "UP_AT": of.up_at,
         "STEP": of.step,
@@ -195,7 +199,7 @@ def experts_refusal(
             return f"{name} is {tensor.dtype}, but x is {x.dtype}"
     if (layout == "split") != (w3 is not None):
         return "layout = 'split' and w3 belong together"
-    reason = expert_plan.refusal(x, weights, ids, w13.shape[0], act, limit, out_dtype)
+    reason = expert_plan.refusal(x, weights, ids, w13.shape[0], layout != "none", act, limit, out_dtype)
     return reason or expert_plan.too_wide(w13=w13, w2=w2, w3=w3)
 
 

@@ -11,7 +11,9 @@ import torch
 import triton
 
 from moe_fx.lowering.cuda import configs, expert_plan
-from moe_fx.lowering.cuda.expert_plan import DTYPE_NAMES, fit, grid, row_stride
+from moe_fx.lowering.cuda.device import on_its_device
+from moe_fx.lowering.cuda.expert_plan import fit, grid, row_stride
+from moe_fx.lowering.cuda.operands import DTYPE_NAMES
 from moe_fx.lowering.triton.experts_int4 import (
     down_pairs_int4_kernel,
     down_tiles_int4_kernel,
@@ -58,6 +60,7 @@ TUNABLE: dict[str, dict[str, tuple[int, ...]]] = {
 }
 
 
+@on_its_device
 def experts_int4(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -94,7 +97,7 @@ def experts_int4(
     b13 = b13 if b13 is None else b13.contiguous()
     b2 = b2 if b2 is None else b2.contiguous()
     group13, group2 = hidden // w13_scale.shape[2], inter // w2_scale.shape[2]
-    variant = f"{DTYPE_NAMES[x.dtype]}-g{group13}-E{n_experts}-k{top_k}"
+    variant = f"{DTYPE_NAMES[x.dtype]}-g{group13}-H{hidden}-I{inter}-E{n_experts}-k{top_k}"
 
     def tuned(kernel: str, defaults: dict[str, int]) -> dict[str, int]:
         return configs.lookup(kernel, variant, n_tokens, defaults, x.device)
@@ -135,7 +138,7 @@ def experts_int4(
         launch = tuned("experts_int4_gate_up_pairs", defaults)
         launch |= {"BLOCK_C": fit(launch["BLOCK_C"], hidden // chunk13)}
         gate_up_pairs_int4_kernel[grid(n_pairs * triton.cdiv(inter, launch["BLOCK_N"]), x)](
-            _words(x.contiguous()), ids, w13.view(torch.int32), w13_scale, w13_zero, b13, h, n_pairs, BIAS_BITS,
+            _words(x), ids, w13.view(torch.int32), w13_scale, w13_zero, b13, h, n_pairs, BIAS_BITS,
             E=n_experts, ASCEND=False, **{**gate_up, **_word_strides(w13)}, **launch,
         )  # fmt: skip
         defaults = {"BLOCK_S": 2, "BLOCK_N": 2, "BLOCK_C": 1024 // chunk2, "num_warps": 1}
@@ -211,15 +214,32 @@ def experts_int4_refusal(
     for name, bias in (("b13", b13), ("b2", b2)):
         if bias is not None and bias.dtype not in DTYPE_NAMES:
             return f"{name} is {bias.dtype}, not bf16, fp16 or fp32"
-    reason = expert_plan.refusal(x, weights, ids, w13.shape[0], act, limit, out_dtype)
+    hidden, inter = x.shape[1], 2 * w2.shape[2]
+    rows = inter if layout == "none" else 2 * inter
+    for name, tensor, shape in (
+        ("w13", w13, (w13.shape[0], rows, hidden // 2)),
+        ("w2", w2, (w13.shape[0], hidden, inter // 2)),
+        ("w13_scale", w13_scale, (w13.shape[0], rows, w13_scale.shape[2])),
+        ("w2_scale", w2_scale, (w13.shape[0], hidden, w2_scale.shape[2])),
+        ("w13_zero", w13_zero, tuple(w13_scale.shape)),
+        ("w2_zero", w2_zero, tuple(w2_scale.shape)),
+        ("b13", b13, (w13.shape[0], rows)),
+        ("b2", b2, (w13.shape[0], hidden)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            return f"{name} is {list(tensor.shape)}, not {list(shape)}"
+    reason = expert_plan.refusal(x, weights, ids, w13.shape[0], layout != "none", act, limit, out_dtype)
     scales = {"w13_scale": w13_scale, "w2_scale": w2_scale, "w13_zero": w13_zero, "w2_zero": w2_zero}
     return reason or expert_plan.too_wide(w13=w13, w2=w2, **scales)
 
 
 def _words(rows: torch.Tensor) -> torch.Tensor:
-    """Dense rows [n, K] as words of two elements [n, K / 2]; copied when they start amid a word."""
+    """Rows [n, K] as dense words of two elements [n, K / 2]; copied when they lie otherwise or start amid a word."""
+    rows = rows.contiguous()
     if rows.storage_offset() % 2:
         rows = rows.clone()
+    # A single row counts as contiguous whatever its stride is.
+    rows = rows.as_strided(rows.shape, (rows.shape[1], 1))
     return rows.view(torch.int64 if rows.dtype == torch.float32 else torch.int32)
 
 

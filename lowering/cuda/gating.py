@@ -9,16 +9,18 @@ import torch
 import triton
 
 from moe_fx.lowering.cuda import configs, device
+from moe_fx.lowering.cuda.device import on_its_device
+from moe_fx.lowering.cuda.operands import DTYPE_NAMES, near
 from moe_fx.lowering.ops import route as canonical
 from moe_fx.lowering.triton.gating import gating_kernel
 
 MAX_EXPERTS = 512
 MAX_TOP_K = 32
-_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Scores that are never negative: a fill of zero is below each of them, as -inf is.
 _NOT_NEGATIVE = ("softmax", "sigmoid", "softplus", "sqrtsoftplus")
 
 
+@on_its_device
 def route(
     logits: torch.Tensor,
     bias: torch.Tensor | None = None,
@@ -67,6 +69,7 @@ def route(
         renormalize = "sum"
     places = block_g * block_s
     launch = configs.lookup("gating", f"E{places}", n_tokens, _defaults(n_tokens, places), logits.device)
+    rows = near(rows, launch["BLOCK_T"])
     n_blocks = triton.cdiv(n_tokens, launch["BLOCK_T"])
     gating_kernel[(min(n_blocks, device.programs(logits) * launch["WAVES"]),)](
         rows,
@@ -90,9 +93,9 @@ def route(
         AFTER=after,
         SOURCE="value" if from_values else "base",
         RENORMALIZE=renormalize,
-        SCORE_DTYPE=_DTYPES[score_dtype],
-        CHOICE_DTYPE=_DTYPES[choice_dtype],
-        WEIGHT_DTYPE=_DTYPES[weight_dtype],
+        SCORE_DTYPE=DTYPE_NAMES[score_dtype],
+        CHOICE_DTYPE=DTYPE_NAMES[choice_dtype],
+        WEIGHT_DTYPE=DTYPE_NAMES[weight_dtype],
         BLOCK_T=launch["BLOCK_T"],
         BLOCK_G=block_g,
         BLOCK_S=block_s,
@@ -129,7 +132,7 @@ def route_refusal(
         return "the number of experts is not a constant of the graph"
     operands = [logits] if bias is None else [logits, bias]
     for dtype in (*(each.dtype for each in operands), score_dtype, out_dtype or score_dtype):
-        if dtype not in _DTYPES:
+        if dtype not in DTYPE_NAMES:
             return f"{dtype} is none of fp32, bf16 and fp16"
     if n_experts > MAX_EXPERTS:
         return f"E = {n_experts} is more than {MAX_EXPERTS}"

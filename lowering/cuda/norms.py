@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_fx.lowering.cuda import configs, device
+from moe_fx.lowering.cuda.device import on_its_device
+from moe_fx.lowering.cuda.operands import DTYPE_NAMES, known_equal, near
 from moe_fx.lowering.ops import norms as canonical
 from moe_fx.lowering.triton.norms import rms_norm_kernel
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Columns that a program holds in registers; longer rows are read in blocks of so many.
 _MAX_BLOCK = 8192
 
 
+@on_its_device
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -30,6 +31,7 @@ def rms_norm(
     return out
 
 
+@on_its_device
 def add_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor,
@@ -62,7 +64,7 @@ def rms_norm_refusal(
         return "the width of the rows is not a constant of the graph"
     given = [x.dtype, out_dtype or x.dtype, x.dtype if weight is None else weight.dtype]
     for dtype in given:
-        if dtype not in _DTYPES:
+        if dtype not in DTYPE_NAMES:
             return f"{dtype} is none of fp32, bf16 and fp16"
     if weight is not None and tuple(weight.shape) != (width,):
         return f"the weight is of shape {tuple(weight.shape)}, not [{width}]"
@@ -83,7 +85,7 @@ def add_rms_norm_refusal(
     if residual.dtype != x.dtype:
         return f"the residual is {residual.dtype}, x is {x.dtype}"
     # Sizes may be symbols, which a comparison must not bind.
-    same = x.dim() == residual.dim() and all(map(_known_equal, x.shape, residual.shape))
+    same = x.dim() == residual.dim() and all(map(known_equal, x.shape, residual.shape))
     if not same:
         return f"the residual is of shape {tuple(residual.shape)}, x of {tuple(x.shape)}"
     return rms_norm_refusal(x, weight, eps, cast=cast, offset=offset, out_dtype=out_dtype)
@@ -104,9 +106,11 @@ def _launch(
     width = x.shape[-1]
     rows = x.reshape(-1, width)
     residual_rows = None if residual is None else residual.reshape(-1, width)
-    residual_strides = (0, 1) if residual_rows is None else residual_rows.stride()
     n_rows = rows.shape[0]
     launch = configs.lookup("norms", f"D{width}", n_rows, _defaults(n_rows, width), x.device)
+    rows = near(rows, launch["BLOCK_R"])
+    residual_rows = residual_rows if residual_rows is None else near(residual_rows, launch["BLOCK_R"])
+    residual_strides = (0, 1) if residual_rows is None else residual_rows.stride()
     rms_norm_kernel[(min(triton.cdiv(n_rows, launch["BLOCK_R"]), device.programs(x) * launch["WAVES"]),)](
         rows,
         residual_rows,
@@ -138,7 +142,3 @@ def _out_dtype(x: torch.Tensor, weight: torch.Tensor | None, cast: str, out_dtyp
     if cast == "after":
         return out_dtype or x.dtype
     return x.dtype if weight is None else torch.promote_types(x.dtype, weight.dtype)
-
-
-def _known_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    return bool(statically_known_true(a == b))

@@ -6,7 +6,6 @@ compiled graph can be cached across processes and captured in a CUDA graph.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -45,7 +44,7 @@ class Kernel:
         """Define the op in PyTorch's dispatcher."""
         canonical = CANONICAL_OPS[self.op]
         _LIBRARY.define(f"{self.op}{canonical.schema}", tags=(torch.Tag.pt2_compliant_tag,))
-        _LIBRARY.impl(self.op, _on_its_device(self.launch), "CPU" if device.INTERPRETED else "CUDA")
+        _LIBRARY.impl(self.op, self.launch, "CPU" if device.INTERPRETED else "CUDA")
         fake = canonical.fake or functools.partial(_like_reference, canonical.reference)
         torch.library.register_fake(f"{NAMESPACE}::{self.op}", fake, lib=_LIBRARY)
 
@@ -70,17 +69,6 @@ def _like_reference(reference: Callable[..., Any], *args: Any, **kwargs: Any) ->
     if isinstance(result, torch.Tensor):
         return torch.empty_like(result, memory_format=torch.contiguous_format)
     return tuple(torch.empty_like(each, memory_format=torch.contiguous_format) for each in result)
-
-
-def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
-    """Launch on the device of the first operand, whatever the current one is: Triton launches on the current one."""
-
-    @functools.wraps(launch)
-    def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        with torch.cuda.device(first.device) if first.is_cuda else contextlib.nullcontext():
-            return launch(first, *args, **kwargs)
-
-    return run
 
 
 for _kernel in KERNELS.values():

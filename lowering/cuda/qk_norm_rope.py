@@ -8,10 +8,11 @@ import torch
 import triton
 
 from moe_fx.lowering.cuda import configs
+from moe_fx.lowering.cuda.device import on_its_device
+from moe_fx.lowering.cuda.operands import DTYPE_NAMES
 from moe_fx.lowering.ops.rope import LAYOUTS, NORMS, ROPES
 from moe_fx.lowering.triton.qk_norm_rope import qk_norm_rope_kernel
 
-_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 # A head is one row of registers.
 _WIDEST_HEAD = 1024
 # Rope form -> whether pairs lie side by side on the way in and out, and whether tables hold a value per element.
@@ -28,6 +29,7 @@ _ELEMENTS_PER_WARP = {"head": 512, "full": 1024}
 _COPIED_ELEMENTS = 1024
 
 
+@on_its_device
 def qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -94,16 +96,19 @@ def qk_norm_rope_refusal(
     tensors = {"q": q, "k": k, "q_weight": q_weight, "k_weight": k_weight, "q_bias": q_bias, "k_bias": k_bias}
     given = {name: tensor for name, tensor in {**tensors, "cos": cos, "sin": sin}.items() if tensor is not None}
     for name, tensor in given.items():
-        if tensor.dtype not in _DTYPES:
-            return f"{name} is {_word(tensor.dtype)}, the kernel takes {', '.join(map(_word, _DTYPES))}"
-    if rope_dtype is not None and rope_dtype not in _DTYPES:
-        return f"the rotation is in {_word(rope_dtype)}, the kernel's in {', '.join(map(_word, _DTYPES))}"
+        if tensor.dtype not in DTYPE_NAMES:
+            return f"{name} is {_word(tensor.dtype)}, the kernel takes {', '.join(map(_word, DTYPE_NAMES))}"
+    if rope_dtype is not None and rope_dtype not in DTYPE_NAMES:
+        return f"the rotation is in {_word(rope_dtype)}, the kernel's in {', '.join(map(_word, DTYPE_NAMES))}"
     if q.dim() != 4 or k.dim() != 4 or cos.dim() != 3 or sin.dim() != 3:
         return "q and k are not [B, S, N, D], or cos and sin not [B, S, R]"
     sizes = {"q's heads": q.shape[2], "k's heads": k.shape[2], "q's head size": q.shape[3], "k's": k.shape[3]}
     for name, size in {**sizes, "cos' width": cos.shape[2], "sin's": sin.shape[2]}.items():
         if not isinstance(size, int):
             return f"{name} is not known when the kernel is compiled"
+    for name, of_q, of_k in (("batch", q.shape[0], k.shape[0]), ("length", q.shape[1], k.shape[1])):
+        if isinstance(of_q, int) and isinstance(of_k, int) and of_q != of_k:
+            return f"q and k differ in {name} ({of_q} and {of_k})"
     head_dim = q.shape[3]
     if k.shape[3] != head_dim:
         return f"heads of q and k differ in size ({head_dim} and {k.shape[3]})"
@@ -128,6 +133,7 @@ def qk_norm_rope_refusal(
     return None
 
 
+@on_its_device
 def split_qkv_norm_rope(
     qkv: torch.Tensor,
     q_weight: torch.Tensor | None,
@@ -292,8 +298,9 @@ def _launch(
         NORM=norm, CAST=cast, OFFSET=offset if cast == "after" else 0.0,
         INTERLEAVED_IN=interleaved_in, INTERLEAVED_OUT=interleaved_out, FULL_TABLES=full_tables,
         HEADS_FIRST=heads_first,
-        X_DTYPE=_DTYPES[dtypes.x], WEIGHTED_DTYPE=_DTYPES[dtypes.weighted], NORMED_DTYPE=_DTYPES[dtypes.normed],
-        ROPE_DTYPE=_DTYPES[dtypes.rope], ROTATED_DTYPE=_DTYPES[dtypes.rotated],
+        X_DTYPE=DTYPE_NAMES[dtypes.x],
+        WEIGHTED_DTYPE=DTYPE_NAMES[dtypes.weighted], NORMED_DTYPE=DTYPE_NAMES[dtypes.normed],
+        ROPE_DTYPE=DTYPE_NAMES[dtypes.rope], ROTATED_DTYPE=DTYPE_NAMES[dtypes.rotated],
         SPLIT=True, ASCEND=False,
         num_warps=chosen["num_warps"],
         # The reference rounds products before it adds them; a fused multiply-add would not.

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from moe_fx.lowering.cuda import device
+from moe_fx.lowering.cuda.device import on_its_device
 from moe_fx.lowering.triton.repack import inputs_kernel, outputs_kernel
 
 LAYOUTS = ("canonical", "planar", "awq", "gptq", "compressed_tensors")
@@ -29,6 +30,7 @@ def from_planar(weight: torch.Tensor, target: str, group: int) -> torch.Tensor:
     return repack(weight, "planar", target, group=group)
 
 
+@on_its_device
 def repack(weight: torch.Tensor, source: str, target: str, *, group: int | None = None) -> torch.Tensor:
     """A weight in another layout; every value is kept.
 
@@ -54,6 +56,7 @@ def repack(weight: torch.Tensor, source: str, target: str, *, group: int | None 
     return moved.view(*weight.shape[:-2], *moved.shape[1:])
 
 
+@on_its_device
 def zeros_to_bytes(zeros: torch.Tensor, source: str) -> torch.Tensor:
     """Packed zero points as ``experts_int4`` takes them.
 
@@ -76,6 +79,7 @@ def zeros_to_bytes(zeros: torch.Tensor, source: str) -> torch.Tensor:
     return out.view(*zeros.shape[:-2], *out.shape[1:])
 
 
+@on_its_device
 def zeros_from_bytes(zeros: torch.Tensor, target: str) -> torch.Tensor:
     """The inverse of :func:`zeros_to_bytes`: uint8 [..., N, G] of 0 to 15 (``gptq``: 1 to 16) packed for ``target``.
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import torch
 import triton
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from moe_fx.lowering.cuda import configs, device
+from moe_fx.lowering.cuda.device import on_its_device
+from moe_fx.lowering.cuda.operands import DTYPE_NAMES, known_equal, near
 from moe_fx.lowering.ops.activation import ACTIVATIONS, UNARY, split_gate_up
 from moe_fx.lowering.triton.swiglu import swiglu_kernel, swiglu_quant_kernel
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _LAYOUTS = ("gate_up", "up_gate", "interleaved", "none")
 
 
+@on_its_device
 def swiglu(
     gate: torch.Tensor,
     up: torch.Tensor | None = None,
@@ -29,6 +30,7 @@ def swiglu(
         return out
     n_rows, width = gate.shape
     launch = configs.lookup("swiglu", f"I{width}", n_rows, _defaults(n_rows, width), gate.device)
+    gate, up = near(gate, launch["BLOCK_R"]), up if up is None else near(up, launch["BLOCK_R"])
     n_blocks = triton.cdiv(n_rows, launch["BLOCK_R"]) * triton.cdiv(width, launch["BLOCK_I"])
     swiglu_kernel[(min(n_blocks, device.programs(gate) * launch["WAVES"]),)](
         gate,
@@ -49,6 +51,7 @@ def swiglu(
     return out
 
 
+@on_its_device
 def swiglu_quant(
     gate: torch.Tensor,
     up: torch.Tensor | None = None,
@@ -73,6 +76,7 @@ def swiglu_quant(
         return out, scales
     n_rows, width = gate.shape
     launch = configs.lookup("swiglu_quant", f"I{width}", n_rows, _quant_defaults(width), gate.device)
+    gate, up = near(gate, 1), up if up is None else near(up, 1)
     swiglu_quant_kernel[(min(n_rows, device.programs(gate) * launch["WAVES"]),)](
         gate,
         up,
@@ -106,7 +110,7 @@ def swiglu_refusal(
     width = gate.shape[-1] if gate.dim() else None
     if not isinstance(width, int):
         return "the width of the rows is not a constant of the graph"
-    if gate.dtype not in _DTYPES:
+    if gate.dtype not in DTYPE_NAMES:
         return f"{gate.dtype} is none of fp32, bf16 and fp16"
     if up is None:
         if layout not in _LAYOUTS:
@@ -116,15 +120,12 @@ def swiglu_refusal(
     elif up.dtype != gate.dtype:
         return f"up is {up.dtype}, gate is {gate.dtype}"
     # Sizes may be symbols, which a comparison must not bind.
-    elif up.dim() != gate.dim() or not all(map(_known_equal, up.shape, gate.shape)):
+    elif up.dim() != gate.dim() or not all(map(known_equal, up.shape, gate.shape)):
         return f"up is of shape {tuple(up.shape)}, gate of {tuple(gate.shape)}"
     known = ACTIVATIONS if up is not None or layout != "none" else tuple(UNARY)
     if act not in known:
         return f"act = {act!r} is none of {', '.join(known)}"
     return "act = 'silu_then_clamp' needs a limit" if act == "silu_then_clamp" and limit is None else None
-
-
-swiglu_quant_refusal = swiglu_refusal
 
 
 def _operands(
@@ -159,7 +160,3 @@ def _defaults(n_rows: int, width: int) -> dict[str, int]:
 def _quant_defaults(width: int) -> dict[str, int]:
     block_i = min(triton.next_power_of_2(width), 8192)
     return {"BLOCK_I": block_i, "WAVES": 4, "num_warps": min(16, max(1, block_i // 256))}
-
-
-def _known_equal(a: int | torch.SymInt, b: int | torch.SymInt) -> bool:
-    return bool(statically_known_true(a == b))

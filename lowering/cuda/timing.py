@@ -47,20 +47,6 @@ def capture(call: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def read_bandwidth(size: int = 1 << 30, repeats: int = 20) -> float:
-    """Bytes a second at which the device reads its own memory: a reduction over ``size`` bytes, best of ``repeats``."""
-    data = torch.zeros(size // 4, dtype=torch.float32, device="cuda")
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        data.max()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return size / min(times)
-
-
 def copy_bandwidth(size: int = 1 << 30, repeats: int = 20) -> float:
     """Bytes a second that a copy of ``size`` bytes moves, read and written ones added up, best of ``repeats``."""
     source = torch.zeros(size, dtype=torch.uint8, device="cuda")

@@ -6,6 +6,7 @@ values that the launchers offer (``TUNABLE``), on the time of the whole call; th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024)
 _MOST_TOKENS_IN_PAIRS = 64
 # A candidate must be so much faster to be taken: less is noise, and a stable file is worth more.
 _GAIN = 0.01
+# Elements of a block that a thread of a pairs kernel holds: beyond, unrolled code takes minutes to compile.
+_MOST_ELEMENTS = 128
 _SWITCH = "PAIRS"
 _EVERY_PAIR = 1 << 30
 
@@ -40,9 +43,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Format:
-    """Weights of one format: the launcher's choices, and a call at a number of tokens."""
+    """Weights of one format: the launcher's choices, experts a token, and a call at a number of tokens."""
 
     choices: Choices
+    top_k: int
     call: Callable[[int], Callable[[], object]]
 
 
@@ -52,13 +56,14 @@ def tune(
     tokens: Iterable[int],
     table: configs.Table,
     progress: Callable[[str], None],
-) -> configs.Table:
-    """Measure on the current device and put the entries found into ``table``, which is returned.
+    save: Callable[[], None],
+) -> None:
+    """Measure on the current device and put the entries found into ``table``.
 
     Args:
         formats: keys of ``FORMATS``.
         table: entries from earlier; those for other kernels, variants and counts stay.
-        progress: told of each count when it is done.
+        progress: told of each count when it is done. save: called then, too.
     """
     for name in formats:
         weights = FORMATS[name](shape)
@@ -66,8 +71,8 @@ def tune(
             chosen, variants, microseconds = tune_count(weights, count)
             for kernel, parameters in chosen.items():
                 table.setdefault(kernel, {}).setdefault(variants[kernel], {})[count] = parameters
+            save()
             progress(f"{name}, {count} tokens: {microseconds:.1f} us, {_in_words(chosen)}")
-    return table
 
 
 def tune_count(weights: Format, tokens: int) -> tuple[Chosen, dict[str, str], float]:
@@ -80,7 +85,8 @@ def tune_count(weights: Format, tokens: int) -> tuple[Chosen, dict[str, str], fl
     if tokens <= _MOST_TOKENS_IN_PAIRS:
         found.append((*_descend(call, switch, _EVERY_PAIR, in_pairs), _EVERY_PAIR))
     microseconds, chosen, variants, switched = min(found, key=lambda each: each[0])
-    return {switch: {_SWITCH: switched}, **chosen}, variants, microseconds
+    # Entries serve counts near theirs, too: not more pairs than were measured.
+    return {switch: {_SWITCH: tokens * weights.top_k if switched else 0}, **chosen}, variants, microseconds
 
 
 def _descend(
@@ -100,6 +106,8 @@ def _descend(
                     if value == chosen[kernel][parameter]:
                         continue
                     candidate = {**chosen, kernel: {**chosen[kernel], parameter: value}}
+                    if kernel.endswith("_pairs") and _elements_a_thread(candidate[kernel]) > _MOST_ELEMENTS:
+                        continue
                     with configs.forced({switch: {_SWITCH: switched}}):
                         time = _time(call, candidate)
                     if time < best * (1 - _GAIN):
@@ -112,8 +120,15 @@ def _time(call: Callable[[], object], parameters: Mapping[str, Mapping[str, int]
     with configs.forced(parameters):
         try:
             return timing.graph_microseconds(call)
-        except TritonError:
+        except torch.AcceleratorError:
+            raise  # The device is lost to this process.
+        except (TritonError, RuntimeError):
             return float("inf")
+
+
+def _elements_a_thread(parameters: Mapping[str, int]) -> float:
+    sizes = [value for name, value in parameters.items() if name.startswith("BLOCK_")]
+    return math.prod(sizes) / (32 * parameters["num_warps"])
 
 
 def _in_words(chosen: Chosen) -> str:
@@ -135,7 +150,9 @@ def _bf16(shape: Shape) -> Format:
         return torch.randn(size, dtype=torch.bfloat16, device=timing.DEVICE) * columns**-0.5
 
     w13, w2 = weight(2 * shape.inter, shape.hidden), weight(shape.hidden, shape.inter)
-    return Format(experts.TUNABLE, lambda tokens: partial(experts.experts, *_routed(shape, tokens), w13, w2))
+    return Format(
+        experts.TUNABLE, shape.top_k, lambda tokens: partial(experts.experts, *_routed(shape, tokens), w13, w2)
+    )
 
 
 def _int4(shape: Shape) -> Format:
@@ -146,7 +163,7 @@ def _int4(shape: Shape) -> Format:
 
     w13, w2 = weight(2 * shape.inter, shape.hidden), weight(shape.hidden, shape.inter)
     launch = experts_int4.experts_int4
-    return Format(experts_int4.TUNABLE, lambda tokens: partial(launch, *_routed(shape, tokens), *w13, *w2))
+    return Format(experts_int4.TUNABLE, shape.top_k, lambda tokens: partial(launch, *_routed(shape, tokens), *w13, *w2))
 
 
 FORMATS: dict[str, Callable[[Shape], Format]] = {"bf16": _bf16, "int4": _int4}

@@ -33,7 +33,7 @@ def _count(ids, first, n_pairs, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P:
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs"])
 def count_pairs_kernel(
     ids, counts, n_pairs, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_P: tl.constexpr, ASCEND: tl.constexpr
 ):
@@ -48,7 +48,7 @@ def count_pairs_kernel(
         tl.store(counts + block * BLOCK_E + place, count, mask=place < BLOCK_E)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs", "max_tiles"])
 def place_pairs_kernel(
     ids,
     counts,

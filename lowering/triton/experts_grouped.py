@@ -39,7 +39,7 @@ def with_bias(value, bias, first, channel, mask, model: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def gate_up_tiles_kernel(
     x,
     weights,
@@ -147,7 +147,7 @@ def gate_up_tiles_kernel(
         tl.store(h_at, activated.to(model), mask=live[:, None] & (out < INTER)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def down_tiles_kernel(
     h,
     order,
@@ -198,7 +198,7 @@ def down_tiles_kernel(
         tl.store(out_at, out.to(model), mask=live[:, None] & (channel < H)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def combine_kernel(
     results,
     weights,

@@ -141,7 +141,7 @@ def add_bias(value, bias, expert, row, mask, B_E: tl.constexpr, model: tl.conste
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs"])
 def gate_up_pairs_int4_kernel(
     x_words,
     ids,
@@ -232,7 +232,7 @@ def gate_up_pairs_int4_kernel(
             tl.store(h + pair.to(tl.int64) * INTER + channel, activated.to(model), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def down_pairs_int4_kernel(
     h_words,
     weights,
@@ -318,7 +318,7 @@ def down_pairs_int4_kernel(
         tl.store(y + token.to(tl.int64) * H + channel, total.to(y.dtype.element_ty), mask=channel < H)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def split_planes_kernel(x, planes, n_rows, x_stride, K: tl.constexpr, BLOCK: tl.constexpr):
     """planes[row] = the row's even elements, then its odd ones. x: [n_rows, K], x_stride apart. planes: dense."""
     BLOCKS: tl.constexpr = (K // 2 + BLOCK - 1) // BLOCK
@@ -355,7 +355,7 @@ def add_tile_products(
     return tl.dot((high * scale).to(model), odd, acc=sums, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def gate_up_tiles_int4_kernel(
     x_planes,
     order,
@@ -439,7 +439,7 @@ def gate_up_tiles_int4_kernel(
         tl.store(h_at, activated.to(model), mask=mask & live[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_tiles"])
 def down_tiles_int4_kernel(
     h_planes,
     order,

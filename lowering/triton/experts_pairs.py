@@ -14,7 +14,7 @@ import triton.language as tl
 from .activation import activate
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_pairs"])
 def gate_up_pairs_kernel(
     x,
     weights,
@@ -120,7 +120,7 @@ def gate_up_pairs_kernel(
             tl.store(h + pair.to(tl.int64) * INTER + channel, activated.to(model), mask=channel < INTER)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tokens"])
 def down_pairs_kernel(
     h,
     weights,

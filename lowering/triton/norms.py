@@ -34,7 +34,7 @@ def load_gain(weight, offset, cols, mask):
     return gain
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def rms_norm_kernel(
     x,
     residual,

@@ -273,7 +273,7 @@ def _copy(source, target, SIZE: tl.constexpr, BLOCK: tl.constexpr):
             tl.store(target + columns, tl.load(source + columns, mask=columns < SIZE), mask=columns < SIZE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "length"])
 def qk_norm_rope_kernel(
     q,
     k,

@@ -19,7 +19,7 @@ def activated(gate_at, up_at, mask, alpha, limit, ACT: tl.constexpr, HAS_LIMIT: 
     return activate(g, u, ACT, up_at is not None, alpha, limit, HAS_LIMIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def swiglu_kernel(
     gate,
     up,
@@ -95,7 +95,7 @@ def activated_row(
     return y.to(gate_row.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def swiglu_quant_kernel(
     gate,
     up,

@@ -21,11 +21,11 @@ def gpu_only(test: Callable[..., None]) -> Callable[..., None]:
 
 
 def on_device(value: Any) -> Any:
-    """A tensor moved to where kernels run, with its strides; anything else as it is."""
+    """A tensor moved to where kernels run with all of its memory, offset and strides; anything else as it is."""
     if not isinstance(value, torch.Tensor) or value.device.type == DEVICE:
         return value
-    moved = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=DEVICE)
-    return moved.copy_(value)
+    whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage()).to(DEVICE)
+    return whole.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def assert_close_to_reference(

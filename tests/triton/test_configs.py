@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_fx.errors import OptionError
+from moe_fx.errors import MoeFxWarning, OptionError
 from moe_fx.lowering.cuda import configs, device
 
 DEFAULTS = {"BLOCK": 16, "num_warps": 4}
@@ -76,10 +76,10 @@ def test_forced_parameters_win_within_their_block_alone(tuned) -> None:
     assert look_up(1)["BLOCK"] == 1
 
 
-def test_a_parameter_that_the_kernel_lacks_is_refused(tuned) -> None:
+def test_an_entry_with_a_parameter_that_the_kernel_lacks_is_left_out(tuned) -> None:
     path = tuned("user", {"kernel": {"bf16": {1: {"BLOCKS": 1}}}})
-    with pytest.raises(OptionError, match=f"{path}.*kernel/bf16 sets BLOCKS.*moe-fx tune"):
-        look_up(1)
+    with pytest.warns(MoeFxWarning, match=f"{path}.*kernel/bf16 sets BLOCKS.*moe-fx tune"):
+        assert look_up(1) == DEFAULTS
 
 
 @pytest.mark.parametrize(
@@ -95,11 +95,13 @@ def test_a_parameter_that_the_kernel_lacks_is_refused(tuned) -> None:
         '{"kernels": {"kernel": {"bf16": {"1": {"BLOCK": true}}}}}',
     ],
 )
-def test_a_file_of_another_form_is_refused_with_a_way_out(tuned, content: str) -> None:
+def test_a_file_of_another_form_is_named_and_costs_no_call(tuned, content: str) -> None:
     path = tuned("user", {})
     path.write_text(content)
     with pytest.raises(OptionError, match=rf"{path}.*moe-fx tune"):
-        look_up(1)
+        configs.read(path)
+    with pytest.warns(MoeFxWarning, match=rf"{path}.*moe-fx tune.*default launch parameters serve"):
+        assert look_up(1) == DEFAULTS
 
 
 def test_written_files_read_back(tmp_path: Path) -> None:

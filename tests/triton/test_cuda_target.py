@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
 import moe_fx.lowering.cuda as cuda
-from moe_fx.lowering.cuda import TARGET
+from moe_fx.lowering.cuda import TARGET, gating, qk_norm_rope, repack, swiglu
 from moe_fx.lowering.cuda.device import INTERPRETED
 from moe_fx.lowering.cuda.ops import KERNELS
 from moe_fx.lowering.ops import CANONICAL_OPS
@@ -89,24 +89,22 @@ def test_dynamic_token_counts_share_one_graph() -> None:
     assert len(compiled.reports) == 1
 
 
-class TwoNorms(nn.Module):
-    """Calls the canonical op on what `change` makes of its input."""
+class NormOfTransposed(nn.Module):
+    """Views a norm's result in the order that its reference, which keeps its input's strides, has it in memory."""
 
-    def __init__(self, change) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.change = change
         self.weight = nn.Parameter(torch.ones(16))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = torch.ops.moe_fx.rms_norm(self.change(x), self.weight, 1e-6)
-        return y.view(-1)
+        y = torch.ops.moe_fx.rms_norm(x.transpose(0, 1), self.weight, 1e-6)
+        return y.transpose(0, 1).view(-1)
 
 
 def test_a_view_that_only_the_reference_allows_becomes_a_copy() -> None:
     x = torch.randn(4, 3, 16, device=DEVICE)
-    model = TwoNorms(lambda x: x.transpose(0, 1).contiguous())
-    compiled = compiled_on_cuda(model)
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+    compiled = compiled_on_cuda(NormOfTransposed())
+    torch.testing.assert_close(compiled(x), NormOfTransposed().to(DEVICE)(x), rtol=1e-5, atol=1e-6)
     assert kernels(compiled) == {("norm", "Triton")}
 
 
@@ -170,14 +168,30 @@ def test_calls_can_be_captured_in_a_cuda_graph() -> None:
     torch.testing.assert_close(results[-1], want, rtol=0, atol=0)
 
 
+def split_heads(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    ones = torch.ones(16, device=x.device)
+    return qk_norm_rope.split_qkv_norm_rope(x, ones, ones, x[:, :16], None, 2, 1, 16)
+
+
+BY_HAND = {
+    "op": torch.ops.moe_fx_cuda.swiglu,
+    "swiglu_quant": swiglu.swiglu_quant,
+    "padded route": lambda x: gating.route(x, top_k=2, num_valid=torch.tensor(2, device=x.device)),
+    "repack": lambda x: repack.to_planar(x.view(torch.uint8).contiguous(), "canonical", 32),
+    "split qkv": split_heads,
+}
+
+
 @gpu_only
-def test_kernels_run_on_the_device_of_their_operands() -> None:
+@pytest.mark.parametrize("call", BY_HAND)
+def test_kernels_run_on_the_device_of_their_operands(call: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     x = torch.randn(3, 64, device="cuda:1")
-    result = torch.ops.moe_fx_cuda.swiglu(x)
-    assert result.device == x.device
-    torch.testing.assert_close(result, torch.ops.moe_fx.swiglu(x))
+    there, here = BY_HAND[call](x), BY_HAND[call](x.to("cuda:0"))
+    for result, want in zip(outputs(there), outputs(here), strict=True):
+        assert result.device == x.device
+        assert torch.equal(result.cpu(), want.cpu())
 
 
 # Layers at their models' real shapes: four of them, with a small vocabulary. DeepSeek-V3's take about 100 GiB.

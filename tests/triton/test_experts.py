@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_bf16 import bf16_as_on_a_gpu  # noqa: F401
 from kernel_checks import DEVICE, assert_close_to_reference, gpu_only, on_device
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -17,8 +16,6 @@ from moe_fx.lowering.cuda import experts as launcher
 from moe_fx.lowering.cuda.experts import TUNABLE, experts, experts_refusal
 from moe_fx.lowering.ops import CANONICAL_OPS
 from moe_fx.lowering.ops.experts import LAYOUTS
-
-pytestmark = pytest.mark.usefixtures("bf16_as_on_a_gpu")
 
 PATHS = ("pairs", "grouped")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -109,6 +106,12 @@ def check(given: dict[str, Any], **kwargs: Any) -> torch.Tensor:
 def test_layouts(layout: str, transposed: bool, biases: bool, path: str) -> None:
     act = {"gate_up": "gelu", "none": "sigmoid"}.get(layout, "silu")
     check(operands(layout=layout, transposed=transposed, biases=biases), act=act)
+
+
+@pytest.mark.parametrize("alone", ["b13", "b2", "b3"])
+def test_one_bias_of_several(alone: str, path: str) -> None:
+    given = operands(layout="split", biases=True)
+    check(given, **{name: None for name in ("b13", "b2", "b3") if name != alone})
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -340,6 +343,7 @@ def test_few_pairs_take_the_path_for_few(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"weight_on": "both"}, "weight_on = 'both'"),
         ({"act": "mish"}, "act = 'mish'"),
         ({"act": "silu_then_clamp"}, "needs a limit"),
+        ({"act": "swiglu_oai", "layout": "none"}, "'swiglu_oai' has no kernel without an up projection"),
         ({"out_dtype": torch.float64}, "out_dtype is torch.float64"),
         ({"x": torch.zeros(5, 48, dtype=torch.float64)}, "w13 is torch.bfloat16, but x is torch.float64"),
         ({"weights": torch.zeros(5, 2, dtype=torch.float64)}, "weights is torch.float64"),

@@ -7,15 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted_bf16 import bf16_as_on_a_gpu  # noqa: F401
 from kernel_checks import DEVICE, assert_close_to_reference, gpu_only, on_device
 
 from moe_fx.lowering.cuda import configs
 from moe_fx.lowering.cuda import experts_int4 as launcher
 from moe_fx.lowering.cuda.experts_int4 import TUNABLE, experts_int4, experts_int4_refusal
 from moe_fx.lowering.ops import CANONICAL_OPS
-
-pytestmark = pytest.mark.usefixtures("bf16_as_on_a_gpu")
 
 PATHS = ("pairs", "grouped")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,6 +91,13 @@ def check(given: dict[str, Any], **kwargs: Any) -> torch.Tensor:
     args = tuple(given.pop(name) for name in NAMES)
     (y,) = assert_close_to_reference("experts_int4", experts_int4, args, given)
     return y
+
+
+def test_one_row_of_any_stride(path: str) -> None:
+    given, wide = operands(1), torch.randn(1, 129).to(torch.bfloat16)
+    check(given, x=torch.randn(128, 1).to(torch.bfloat16).t())
+    check(given, x=wide[:, 1:])
+    check(given, x=wide[:, :128])
 
 
 @pytest.mark.parametrize("zeros", [False, True])
@@ -243,6 +247,9 @@ def test_default_parameters_are_the_tunable_ones(monkeypatch: pytest.MonkeyPatch
         ({"w2_scale": torch.zeros(3, 128, 2, dtype=torch.float64)}, "w2_scale is torch.float64"),
         ({"w2_scale": torch.zeros(3, 128, 4)}, "multiples of 32"),
         ({"w2_scale": torch.zeros(3, 128, 3)}, "multiples of 32"),
+        ({"w13_zero": torch.zeros(3, 1, 2, dtype=torch.uint8)}, "w13_zero is [3, 1, 2], not [3, 128, 2]"),
+        ({"w13": torch.zeros(3, 128, 32, dtype=torch.uint8)}, "w13 is [3, 128, 32], not [3, 128, 64]"),
+        ({"b2": torch.zeros(3, 64)}, "b2 is [3, 64], not [3, 128]"),
         ({"w2": torch.zeros(3, 32, 128, dtype=torch.uint8).transpose(1, 2)}, "rows of w2"),
         ({"w2": torch.zeros(3, 128, 33, dtype=torch.uint8)[:, :, :32]}, "rows of w2"),
         ({"w2": torch.zeros(3, 128, 36, dtype=torch.uint8)[:, :, 1:33]}, "rows of w2"),

@@ -431,6 +431,7 @@ def test_split_refuses(change: dict[str, Any], message: str) -> None:
         ({"q": torch.ones(6, 4, 16)}, r"not \[B, S, N, D\]"),
         ({"cos": torch.ones(3, 16)}, r"not \[B, S, R\]"),
         ({"k": torch.ones(2, 3, 2, 32)}, "heads of q and k differ in size"),
+        ({"k": torch.ones(2, 2, 2, 16)}, r"q and k differ in length \(3 and 2\)"),
         ({"cos": torch.ones(1, 3, 20), "sin": torch.ones(1, 3, 20)}, "rotate 20 elements of 16"),
         ({"cos": torch.ones(1, 3, 7), "sin": torch.ones(1, 3, 7)}, "rotate 7 elements"),
         ({"sin": torch.ones(1, 3, 8)}, "differ in width"),

@@ -37,14 +37,14 @@ class Timed:
 
 CHOICES = {
     "op": {"PAIRS": (0, 8)},
-    "op_up_pairs": {"BLOCK": (1, 2, 4), "num_warps": (1, 2)},
+    "op_up_pairs": {"BLOCK_N": (1, 2, 4), "num_warps": (1, 2)},
     "op_tiles": {"BLOCK": (16, 32, 64)},
 }
 
 
 def pretend_call() -> None:
     if looked_up("op", PAIRS=4)["PAIRS"] >= 8:
-        looked_up("op_up_pairs", BLOCK=1, num_warps=1)
+        looked_up("op_up_pairs", BLOCK_N=1, num_warps=1)
     else:
         looked_up("op_tiles", BLOCK=16)
 
@@ -54,25 +54,25 @@ def test_the_fastest_of_both_ways_is_found(monkeypatch: pytest.MonkeyPatch) -> N
         if "op_tiles" in given:
             return 50 + abs(given["op_tiles"]["BLOCK"] - 32)
         pairs = given["op_up_pairs"]
-        return 40 + abs(pairs["BLOCK"] - 4) + 3 * abs(pairs["num_warps"] - 2)
+        return 40 + abs(pairs["BLOCK_N"] - 4) + 3 * abs(pairs["num_warps"] - 2)
 
     Timed(monkeypatch, cost)
-    chosen, variants, microseconds = tune.tune_count(tune.Format(CHOICES, lambda tokens: pretend_call), 4)
-    assert chosen.pop("op")["PAIRS"] >= 8
-    assert chosen == {"op_up_pairs": {"BLOCK": 4, "num_warps": 2}}
+    chosen, variants, microseconds = tune.tune_count(tune.Format(CHOICES, 4, lambda tokens: pretend_call), 4)
+    assert chosen.pop("op") == {"PAIRS": 16}  # Four tokens of four pairs: more were not measured.
+    assert chosen == {"op_up_pairs": {"BLOCK_N": 4, "num_warps": 2}}
     assert (microseconds, set(variants.values())) == (40, {"tiny"})
 
 
 def test_many_tokens_are_tried_over_tiles_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = Timed(monkeypatch, lambda given: float(given["op_tiles"]["BLOCK"]))
-    chosen, _, _ = tune.tune_count(tune.Format(CHOICES, lambda tokens: pretend_call), 65)
+    chosen, _, _ = tune.tune_count(tune.Format(CHOICES, 4, lambda tokens: pretend_call), 65)
     assert chosen == {"op": {"PAIRS": 0}, "op_tiles": {"BLOCK": 16}}
     assert all("op_up_pairs" not in seen for seen in timed.seen)
 
 
 def test_a_gain_within_noise_is_no_reason_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
     Timed(monkeypatch, lambda given: 100 - 0.01 * given["op_tiles"]["BLOCK"])
-    chosen, _, _ = tune.tune_count(tune.Format(CHOICES, lambda tokens: pretend_call), 65)
+    chosen, _, _ = tune.tune_count(tune.Format(CHOICES, 4, lambda tokens: pretend_call), 65)
     assert chosen["op_tiles"] == {"BLOCK": 16}
 
 
@@ -85,8 +85,34 @@ def test_what_does_not_fit_the_device_is_passed_over(monkeypatch: pytest.MonkeyP
         return 100.0 - given["op_tiles"]["BLOCK"]
 
     Timed(monkeypatch, cost)
-    chosen, _, _ = tune.tune_count(tune.Format(CHOICES, lambda tokens: pretend_call), 65)
+    chosen, _, _ = tune.tune_count(tune.Format(CHOICES, 4, lambda tokens: pretend_call), 65)
     assert chosen["op_tiles"] == {"BLOCK": 32}
+
+
+def test_blocks_that_would_take_minutes_to_compile_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {"op": {"PAIRS": (0,)}, "op_up_pairs": {"BLOCK_N": (1, 4096, 8192), "num_warps": (1,)}, "op_tiles": {}}
+    timed = Timed(monkeypatch, lambda given: 1.0 / given.get("op_up_pairs", {"BLOCK_N": 1})["BLOCK_N"])
+    chosen, _, _ = tune.tune_count(tune.Format(choices, 4, lambda tokens: pretend_call), 1)
+    assert chosen["op_up_pairs"]["BLOCK_N"] == 4096
+    assert all(seen.get("op_up_pairs", {}).get("BLOCK_N") != 8192 for seen in timed.seen)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("PassManager::run failed"), "lost"])
+def test_a_compiler_that_fails_is_passed_over_and_a_lost_device_is_not(monkeypatch: pytest.MonkeyPatch, error) -> None:
+    failure = torch.AcceleratorError("illegal access", 700) if error == "lost" else error
+
+    def cost(given: dict[str, dict[str, int]]) -> float:
+        if given["op_tiles"]["BLOCK"] == 64:
+            raise failure
+        return 100.0 - given["op_tiles"]["BLOCK"]
+
+    Timed(monkeypatch, cost)
+    weights = tune.Format(CHOICES, 4, lambda tokens: pretend_call)
+    if error == "lost":
+        with pytest.raises(torch.AcceleratorError):
+            tune.tune_count(weights, 65)
+    else:
+        assert tune.tune_count(weights, 65)[0]["op_tiles"] == {"BLOCK": 32}
 
 
 @pytest.mark.parametrize("name", tune.FORMATS)
@@ -98,7 +124,8 @@ def test_real_kernels_are_found_by_their_choices(monkeypatch: pytest.MonkeyPatch
             few = {k: {p: values[:1] for p, values in given.items()} for k, given in launcher.TUNABLE.items()}
             monkeypatch.setattr(launcher, "TUNABLE", few)
     timed = Timed(monkeypatch, lambda given: 1.0)
-    table = tune.tune(TINY, [name], [1], {}, lambda line: None)
+    table: configs.Table = {}
+    tune.tune(TINY, [name], [1], table, lambda line: None, lambda: None)
     kernels = {kernel for seen in timed.seen for kernel in seen if kernel != "gating"}
     assert len(kernels) >= 5
     assert set(table) <= kernels
@@ -109,9 +136,11 @@ def test_real_kernels_are_found_by_their_choices(monkeypatch: pytest.MonkeyPatch
 
 def test_entries_of_earlier_runs_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     Timed(monkeypatch, lambda given: 1.0)
-    monkeypatch.setitem(tune.FORMATS, "bf16", lambda shape: tune.Format(CHOICES, lambda tokens: pretend_call))
+    monkeypatch.setitem(tune.FORMATS, "bf16", lambda shape: tune.Format(CHOICES, 4, lambda tokens: pretend_call))
+    saved: list[object] = []
     table = {"op_tiles": {"tiny": {512: {"BLOCK": 64}}}, "other": {"x": {1: {"A": 1}}}}
-    tune.tune(TINY, ["bf16"], [65], table, lambda line: None)
+    tune.tune(TINY, ["bf16"], [65], table, lambda line: None, lambda: saved.append(dict(table["op"])))
+    assert saved == [table["op"]]
     assert table == {
         "op": {"tiny": {65: {"PAIRS": 0}}},
         "op_tiles": {"tiny": {512: {"BLOCK": 64}, 65: {"BLOCK": 16}}},
@@ -130,11 +159,11 @@ def test_the_file_is_written_and_groups_must_divide(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(device, "unavailable", lambda where: None)
     monkeypatch.setattr(device, "family", lambda where: "sm_00")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setitem(tune.FORMATS, "bf16", lambda shape: tune.Format(CHOICES, lambda tokens: pretend_call))
+    monkeypatch.setitem(tune.FORMATS, "bf16", lambda shape: tune.Format(CHOICES, 4, lambda tokens: pretend_call))
     Timed(monkeypatch, lambda given: 1.0)
     path, table = tuning.tune([64, 32, 4, 2], 32, ["bf16"], [65], tmp_path / "own.json", lambda line: None)
     assert configs.read(path) == table and table["op_tiles"]["tiny"] == {65: {"BLOCK": 16}}
-    with pytest.raises(OptionError, match="groups of 48 inputs do not divide H=64 and I=32"):
+    with pytest.raises(OptionError, match="groups of 48 inputs must be multiples of 32 that divide H=64 and I=32"):
         tuning.tune([64, 32, 4, 2], 48, ["int4"], [1], tmp_path / "own.json", lambda line: None)
 
 

@@ -69,4 +69,6 @@ CASES = [
     *_cases("deepseek_v3", 256, 8, 8, 4, **_BIASED_SIGMOID, N_GROUP=8, TOPK_GROUP=4, BLOCK_G=8, BY_TOP2=True),
     # Groups of 20 experts and k = 6: padding everywhere.
     *_cases("deepseek_v2", 160, 6, 8, 4, N_GROUP=8, TOPK_GROUP=3, BLOCK_G=8, SOURCE="base"),
+    # DeepSeek-V4's score, the one with a square root.
+    *_cases("deepseek_v4", 64, 6, 8, 16, **{**_BIASED_SIGMOID, "SCORE": "sqrtsoftplus"}),
 ]
