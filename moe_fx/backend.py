@@ -65,6 +65,7 @@ def moe_ascend(
         compiled = downstream.compile_graph(
             finisher, graph, example_inputs, mode=mode, config=opts.downstream_options, artifacts=artifacts
         )
+        report.artifacts = list(artifacts.outcomes) if artifacts is not None else []
         if opts.report is not None:  # Last: dynamo may restart a compilation from within the downstream compiler.
             opts.report(report)
         return compiled

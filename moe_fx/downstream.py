@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from moe_fx import torchair_handoff
+from moe_fx import torchair_artifacts, torchair_handoff
 from moe_fx.errors import MissingToolchainError, OptionError
 from moe_fx.lowering.prepared_inputs import hoist
 
@@ -77,6 +77,8 @@ class Request:
 
 def decompositions(name: str) -> Mapping[Any, Callable[..., Any]]:
     """The table by which the named compiler takes ops apart, for cache keys; empty where it has none of its own."""
+    if name == "torchair":
+        return torchair_artifacts.decompositions()
     if name != "inductor":
         return {}
     from torch._inductor.decomposition import select_decomp_table
@@ -111,7 +113,7 @@ def _aot_eager(gm: fx.GraphModule, inputs: list[Any], request: Request) -> Compi
 
 
 def _torchair(gm: fx.GraphModule, inputs: list[Any], request: Request) -> CompiledFn:
-    return torchair_handoff.compile_graph(gm, inputs, request.mode, request.config)
+    return torchair_handoff.compile_graph(gm, inputs, request.mode, request.config, request.artifacts)
 
 
 _COMPILERS: dict[str, Callable[[fx.GraphModule, list[Any], Request], CompiledFn]] = {

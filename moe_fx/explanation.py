@@ -328,6 +328,7 @@ def _graph_dict(graph: GraphReport) -> dict[str, Any]:
         "nodes_before": graph.nodes_before,
         "nodes_after": graph.nodes_after,
         "cache": graph.cache,
+        "artifacts": list(graph.artifacts),
         "cache_seconds": graph.cache_seconds,
         "capture_seconds": graph.capture_seconds,
         "pass_seconds": dict(graph.pass_seconds),

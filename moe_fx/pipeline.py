@@ -49,6 +49,7 @@ class GraphReport:
         has_matmul: whether the graph does enough for an empty result to be worth a word.
         unfused_reason: why the whole graph ran as it was, if it did.
         cache: what came of the compile cache: ``hit``, ``miss: why`` or ``off: why``.
+        artifacts: the same for each graph that torchair converted; empty for compilers with a cache of their own.
         cache_seconds: time for the key, and to read or write the entry. On a hit no pass ran: their times are zero.
         graph: the rewritten graph with canonical ops, before lowering; None for a graph from the cache.
     """
@@ -64,6 +65,7 @@ class GraphReport:
     has_matmul: bool = False
     unfused_reason: str = ""
     cache: str = ""
+    artifacts: list[str] = field(default_factory=list)
     cache_seconds: float = 0.0
     graph: fx.GraphModule | None = None
 

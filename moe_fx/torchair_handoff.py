@@ -7,12 +7,16 @@ torchair. A user's own passes (``post_grad_custom_pre_pass``, ``post_grad_custom
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
+from moe_fx import torchair_artifacts
 from moe_fx.errors import OptionError
+
+if TYPE_CHECKING:
+    from moe_fx.cache.artifacts import Artifacts
 
 MODES = ("ge", "npugraph_ex")
 # What torchair calls the modes; npugraph_ex had another name in earlier releases.
@@ -22,7 +26,11 @@ _MODE, _GEARS = "mode", "gears"
 
 
 def compile_graph(
-    gm: fx.GraphModule, inputs: Sequence[Any], mode: str | None, options: Mapping[str, Any]
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: str | None,
+    options: Mapping[str, Any],
+    artifacts: Artifacts | None = None,
 ) -> Callable[..., Any]:
     """Compile ``gm`` with torchair.
 
@@ -32,6 +40,7 @@ def compile_graph(
         options: ``mode``; ``gears``: sizes to compile for, ``{argument name: {dimension: [sizes]}}`` (``ge`` only, the
             dimension must be dynamic); and any option of ``torchair.CompilerConfig``, by its dotted name
             (``"debug.graph_dump.type": "py"``) or nested (``{"debug": {"graph_dump": {"type": "py"}}}``).
+        artifacts: where graphs converted to GE are kept. ``npugraph_ex`` has no such conversion, and keeps nothing.
 
     Raises:
         OptionError: an unknown name or a value that torchair refuses; the message lists what is valid.
@@ -39,6 +48,10 @@ def compile_graph(
     import torch_npu  # noqa: F401  Makes torchair importable.
     import torchair
 
+    from moe_fx.lowering.ascend import ge_converters
+
+    # A graph from the cache was lowered, which registers them too, in another process.
+    ge_converters.register()
     options = dict(options)
     mode = _mode(mode, options.pop(_MODE, None))
     gears = options.pop(_GEARS, None)
@@ -47,6 +60,9 @@ def compile_graph(
         if mode != "ge":
             raise OptionError(f"downstream_options['gears'] is for mode='ge'; {mode!r} captures each size as it comes")
         inputs = _with_gears(gm, inputs, gears)
+    if mode == "ge" and artifacts is not None:
+        names = [name for name, _ in _flat(options)]
+        return torchair_artifacts.compile_graph(gm, inputs, config, names, artifacts)
     compiled: Callable[..., Any] = torchair.get_npu_backend(compiler_config=config)(gm, list(inputs))
     return compiled
 

@@ -46,6 +46,7 @@ class Artifacts:
         compile: Callable[[], Compiled],
         dump: Callable[[Compiled], bytes],
         load: Callable[[bytes], Compiled],
+        more: Mapping[str, str] | None = None,
     ) -> Compiled:
         """The compiled form of ``gm``: loaded where it is kept, else compiled and kept.
 
@@ -53,14 +54,15 @@ class Artifacts:
             kind: the compiler's name.
             gm: the graph as the compiler gets it, with ``val`` or ``example_value`` on its placeholders.
             compile: makes the compiled form.
-            dump, load: it as bytes, and back. What ``load`` runs is trusted as far as the entry is: it was written by
-                this user, nobody else could change it, and its contents have their hash. Whatever ``load`` raises makes
-                the entry a miss.
+            dump, load: it as bytes, and back; ``dump`` raises ``Uncacheable`` for what cannot be kept. What ``load``
+                runs is trusted as far as the entry is: it was written by this user, nobody else could change it, and
+                its contents have their hash. Whatever ``load`` raises makes the entry a miss.
+            more: components of the key besides the graph's and the compilation's, as text.
         """
         if self._store is None:
             return compile()
         try:
-            components = {**self._components, "graph": graph_digest(gm)}
+            components = {**self._components, **(more or {}), "graph": graph_digest(gm)}
         except Uncacheable as reason:
             self.outcomes.append(f"off: {reason}")
             return compile()
@@ -82,6 +84,8 @@ class Artifacts:
         compiled = compile()
         try:
             self._store.write(kind, components, dump(compiled))
+        except Uncacheable as reason:
+            self.outcomes[-1] = f"off: {reason}"
         except CacheError as error:
             warnings.warn(f"moe_ascend: {error}; the next start compiles again", MoeFxWarning, stacklevel=2)
         return compiled
