@@ -5,6 +5,7 @@
 #   make test-arm cross-compile the C++ tests for Arm and run them under QEMU (part of make test where tools are there)
 #   make test-triton-ascend   compile the Triton kernels with Ascend's compilers (part of make test where they install)
 #   make test-ascend  test the Ascend target with real torch_npu and torchair over a stand-in for CANN (x86-64 Linux)
+#   make test-npu     run the Ascend target's models and operators on an NPU, and print a report to send back
 #   make lint     check style and types of Python and C++
 #   make docs     regenerate the generated pages of docs/
 #   make format   bring Python and C++ into that style
@@ -25,7 +26,7 @@ ASCEND := $(VENV)/ascend
 BUILD_INPUTS := pyproject.toml $(shell find CMakeLists.txt csrc -type f)
 CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
-.PHONY: demo test test-arm test-ascend test-triton-ascend lint format docs wheel clean
+.PHONY: demo test test-arm test-ascend test-npu test-triton-ascend lint format docs wheel clean
 
 demo: $(VENV)/models.installed
 	$(BIN)/python -m moe_fx.demo $(ARGS)
@@ -39,6 +40,14 @@ test-triton-ascend: $(VENV)/test.installed $(TRITON_ASCEND)/installed
 # The plugin loads the stand-in before torch is imported, whose import loads torch_npu.
 test-ascend: $(ASCEND)/installed
 	PYTHONPATH=tests/ascend $(ASCEND)/bin/pytest -p host_cann.preload tests/ascend $(ARGS)
+
+# In the user's own environment, whose torch_npu fits the machine's CANN; it needs moe-fx's extra `models`, and pytest,
+# pytest-timeout and expecttest: pip install '.[models]' pytest pytest-timeout expecttest
+NPU_PYTHON ?= $(PYTHON)
+NPU_TESTS := tests/ascend/test_models.py tests/ascend/test_lowered_ops.py
+
+test-npu:
+	PYTHONPATH=tests/ascend $(NPU_PYTHON) -m pytest -p npu_report -m npu $(NPU_TESTS) $(ARGS)
 
 # Debian: apt-get install cmake doctest-dev g++-aarch64-linux-gnu qemu-user-static. An emulator takes a sample of the
 # larger grids of cases. The last two processors lack i8mm, and i8mm and dotprod: they must not be given code with it.

@@ -80,6 +80,10 @@ class Options:
         choices=ASCEND_WEIGHTS,
     )
     ascend_nz: bool = _option(False, "Cast prepared expert weights to the fractal format NZ on Ascend.")
+    ascend_prefetch: bool = _option(
+        False, "Read expert weights into the L2 cache while attention and routing run, on Ascend in mode ge."
+    )
+    ascend_prefetch_mib: int = _option(32, "How many MiB of each layer's expert weights ascend_prefetch reads.")
     cache: bool = _option(True, "Keep lowered graphs on disk, so that the next process need not match them again.")
     cache_dir: str | None = _option(None, "Where they are kept; by default moe_fx in the user's cache directory.")
     cache_max_mib: int = _option(
@@ -239,6 +243,8 @@ _VALIDATORS: dict[str, Callable[[Any, str], Any]] = {
     "report": _callable,
     "downstream_options": _mapping,
     "ascend_nz": _boolean,
+    "ascend_prefetch": _boolean,
+    "ascend_prefetch_mib": _size,
     "cache": _boolean,
     "cache_dir": _path,
     "cache_max_mib": _size,

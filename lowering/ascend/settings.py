@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Chosen(Protocol):
@@ -15,6 +16,12 @@ class Chosen(Protocol):
     def ascend_weights(self) -> str: ...
     @property
     def ascend_nz(self) -> bool: ...
+    @property
+    def ascend_prefetch(self) -> bool: ...
+    @property
+    def ascend_prefetch_mib(self) -> int: ...
+    @property
+    def downstream_options(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -25,13 +32,22 @@ class Settings:
         combine: operator that weighs and sums the experts' rows: ``finalize_routing`` or ``token_unpermute``.
         prepare: bring weights into the grouped matmul's layout once; otherwise the graph transposes views of them.
         nz: also cast prepared weights to the fractal format NZ.
+        prefetch_mib: how much of a layer's expert weights to prefetch; 0 for none.
     """
 
     combine: str = "finalize_routing"
     prepare: bool = True
     nz: bool = False
+    prefetch_mib: int = 0
 
     @classmethod
     def of(cls, options: Chosen) -> Settings:
         """The settings that options ask for."""
-        return cls(options.ascend_combine, options.ascend_weights == "prepared", options.ascend_nz)
+        # Only GE runs a prefetch beside other work; a captured graph would wait for it, on its one stream.
+        prefetch = options.ascend_prefetch and options.downstream_options.get("mode", "ge") == "ge"
+        return cls(
+            options.ascend_combine,
+            options.ascend_weights == "prepared",
+            options.ascend_nz,
+            options.ascend_prefetch_mib if prefetch else 0,
+        )

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import fx
 
-from moe_fx.lowering.ascend import attention, experts, experts_int4, experts_int8, norms, rope, route
+from moe_fx.lowering.ascend import attention, experts, experts_int4, experts_int8, norms, prefetch, rope, route
 from moe_fx.lowering.ascend.arguments import bound, value
 from moe_fx.lowering.ascend.choice import Choice, Refused
 from moe_fx.lowering.ascend.settings import Chosen, Settings
@@ -69,6 +69,8 @@ class AscendTarget(ReferenceTarget):
             from moe_fx.lowering.ascend import ge_converters
 
             ge_converters.register()
+            if self.settings.prefetch_mib:
+                prefetch.insert(gm, self.settings.prefetch_mib)
         gm.graph.lint()
         gm.recompile()
 

@@ -1,4 +1,7 @@
-"""The tests of the Ascend target run on ``npu:0`` of the CANN stand-in; elsewhere each file skips itself."""
+"""The tests of the Ascend target run on ``npu:0`` of the CANN stand-in; elsewhere each file skips itself.
+
+Those marked ``npu`` run on hardware too (`make test-npu`), where the stand-in is not loaded.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ import pytest
 @pytest.fixture(scope="session")
 def installed() -> None:
     import host_cann
+    from npu_report import on_hardware
 
-    host_cann.install()
+    if not on_hardware():
+        host_cann.install()
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from lowered_op import difference, kernel, run
 from moe_fx.lowering.ascend.settings import Settings
 from moe_fx.lowering.ops import CANONICAL_OPS
 
+pytestmark = pytest.mark.npu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HALF = [torch.float16, torch.bfloat16]
 

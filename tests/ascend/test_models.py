@@ -1,6 +1,7 @@
 """Real transformers families compiled for Ascend, in both modes of torchair, against the eager model on the CPU.
 
 GE mode: torchair converts the graph, the stand-in interprets it. npugraph_ex: captured and replayed eager kernels.
+On hardware the results are compared; what the stand-in counted is not there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from compiling import compile_with_report, relative_error
 from host_cann import eager_kernels, ge_interpreter
 from model_cases import NAMES, RecordTopK, build, inputs, recorded_gating, same_sets
 from moe_families import FAMILIES
+from npu_report import note, on_hardware
 
-BOUND = {torch.float32: 1e-5, torch.bfloat16: 6e-2}
+pytestmark = pytest.mark.npu
+# An NPU may multiply fp32 with 11 bits (HF32): its bound is an assumption, not a measurement.
+BOUND = {torch.float32: 2e-3 if on_hardware() else 1e-5, torch.bfloat16: 6e-2}
 MODES = ("ge", "npugraph_ex")
 # What each family's blocks must run on; all is matched, and nothing else keeps a reference.
 ROUTER = {
@@ -45,7 +49,7 @@ def check(name, mode, dynamic, monkeypatch, dtype=torch.float32, **options):
     with recorded_gating(monkeypatch) as found:
         for shape, want in zip(shapes, wanted, strict=True):
             got = run(inputs(*shape).to("npu"), use_cache=False).logits
-            assert relative_error(got.cpu(), want) <= BOUND[dtype]
+            assert note(relative_error(got.cpu(), want)) <= BOUND[dtype]
     assert run.reasons == []
     assert all(report.count(kind) == n for report in run.reports for kind, n in FAMILIES[name].budget.items())
     kernels = {(site.kind, site.kernel) for report in run.reports for site in report.matched}
@@ -58,8 +62,10 @@ def check(name, mode, dynamic, monkeypatch, dtype=torch.float32, **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_ge(name, dynamic, monkeypatch):
     run, found, wanted = check(name, "ge", dynamic, monkeypatch)
-    assert same_sets(found, wanted)
     assert len(run.reports) == 1, "a new length or batch recompiled"
+    if on_hardware():
+        return
+    assert same_sets(found, wanted)
     layers = FAMILIES[name].budget["experts"]
     calls = 3 if dynamic else 2
     assert ge_interpreter.COUNTS["MoeInitRoutingV3"] == ge_interpreter.COUNTS["MoeFinalizeRoutingV2"] == layers * calls
@@ -72,7 +78,7 @@ def test_ge(name, dynamic, monkeypatch):
 def test_npugraph_ex(name, dynamic, monkeypatch):
     eager_kernels.EVENTS.clear()
     check(name, "npugraph_ex", dynamic, monkeypatch)
-    assert 2 in eager_kernels.EVENTS, "nothing was replayed"
+    assert on_hardware() or 2 in eager_kernels.EVENTS, "nothing was replayed"
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -84,7 +90,7 @@ def test_bf16(mode, monkeypatch):
 @pytest.mark.parametrize("mode", MODES)
 def test_token_unpermute(name, mode, monkeypatch):
     check(name, mode, True, monkeypatch, ascend_combine="token_unpermute")
-    if mode == "ge":
+    if mode == "ge" and not on_hardware():
         assert ge_interpreter.COUNTS["MoeTokenUnpermute"] and not ge_interpreter.COUNTS["MoeFinalizeRoutingV2"]
 
 

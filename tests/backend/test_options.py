@@ -68,6 +68,8 @@ BAD = {
     "ascend_combine": ({"ascend_combine": "sum"}, {}, "valid values: finalize_routing, token_unpermute"),
     "ascend_weights": ({}, {"MOE_FX_ASCEND_WEIGHTS": "nz"}, "valid values: prepared, as_is"),
     "ascend_nz": ({"ascend_nz": 1}, {}, "give True or False"),
+    "ascend_prefetch": ({"ascend_prefetch": "all"}, {}, "give True or False"),
+    "ascend_prefetch_mib": ({"ascend_prefetch_mib": 0}, {}, "give a whole number of MiB above zero"),
     "cache": ({"cache": "yes"}, {}, "give True or False"),
     "cache_dir": ({"cache_dir": 3}, {}, "give a directory path"),
     "cache_max_mib": ({"cache_max_mib": 0}, {}, "give a whole number of MiB above zero"),

@@ -312,6 +312,8 @@ OPERATORS: dict[str, Callable[..., Result]] = {
     "TopKV2": _top_k,
     "Unsqueeze": _unsqueeze,
     "ZerosLike": lambda op, x: torch.zeros_like(x),
+    # Cache maintenance: type 6 is a prefetch, which reads memory and gives nothing.
+    "Cmo": lambda op, src: (),
 }
 # Inputs that are lists: their parts are numbered.
 DYNAMIC_INPUTS = {

@@ -1,0 +1,106 @@
+"""Optional: read the experts' weights into the L2 cache while the layer's attention and routing run.
+
+Each ``npu_prefetch`` is tied to the tensor that the layer starts from: GE may run it from then on, beside the layer's
+other work. It computes nothing, and nothing waits for it; torch_npu declares it as a side effect, so that it stays.
+
+The L2 cache holds a fraction of a layer's experts, so the option sets a limit per layer: the first grouped product's
+weight comes first, and what the limit leaves goes to the second's. This pays where most experts are used in each step
+(large batches, expert parallelism): the operator reads from the start of a weight, whichever experts will be chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from moe_fx.lowering.ascend.arguments import value
+from moe_fx.lowering.prepared_inputs import NAMESPACE
+from moe_fx.passes.graph import module_path
+
+_MIB = 1 << 20
+# Operators by name, since this module is imported where torch_npu is not.
+_PRODUCTS = ("npu.npu_grouped_matmul.default", "npu.npu_grouped_matmul_swiglu_quant_v2.default")
+# Norms, and how many tensors each adds first.
+_SUMMANDS = {"npu.npu_rms_norm.default": 1, "npu.npu_add_rms_norm.default": 2}
+# Views that ``ascend_weights="as_is"`` multiplies: the memory to read is that of the weight under them.
+_VIEWS = (torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.detach.default)
+
+
+def insert(gm: fx.GraphModule, mib: int) -> None:
+    """Put prefetches of at most ``mib`` MiB per layer into a lowered graph, in place."""
+    order = {node: index for index, node in enumerate(gm.graph.nodes)}
+    starts = _starts(order)
+    left: dict[fx.Node, int] = {}
+    for product in order:
+        for weight in _weights(product):
+            first = starts.get(_layer(product))
+            if first is None or order[first] > order[product]:
+                first = _routed_rows(product)
+            if first is None or not _is_given(weight):
+                continue
+            fake = value(weight)
+            size = min(fake.numel() * fake.element_size(), left.setdefault(first, mib * _MIB))
+            if size == 0:
+                continue
+            _prefetch(gm.graph, weight, first, size)
+            left[first] -= size
+
+
+def _starts(order: dict[fx.Node, int]) -> dict[str, fx.Node]:
+    """By layer, the tensor that its first norm reads; of two that it adds, the one that is there last."""
+    found: dict[str, fx.Node] = {}
+    for node in order:
+        layer, summands = _layer(node), _SUMMANDS.get(str(node.target), 0)
+        if layer and summands:
+            read = [summand for summand in node.args[:summands] if isinstance(summand, fx.Node)]
+            found.setdefault(layer, max(read, key=order.__getitem__))
+    return found
+
+
+def _layer(node: fx.Node) -> str:
+    """The path of the layer around a node's module, up to its number; empty for a block on its own."""
+    parts = module_path(node).split(".")
+    for end, part in enumerate(parts, 1):
+        if part.isdecimal():
+            return ".".join(parts[:end])
+    return ""
+
+
+def _routed_rows(product: fx.Node) -> fx.Node | None:
+    """Where no layer is known: what the block routes, which is there before its router has run."""
+    node: fx.Node | None = product
+    while node is not None and str(node.target) != "npu.npu_moe_init_routing_v2.default":
+        node = node.all_input_nodes[0] if node.all_input_nodes else None
+    return node and node.all_input_nodes[0]
+
+
+def _weights(product: fx.Node) -> Iterator[fx.Node]:
+    if str(product.target) in _PRODUCTS:
+        weights = product.args[1]
+        assert isinstance(weights, (list, tuple))
+        for weight in weights:
+            assert isinstance(weight, fx.Node)
+            while weight.target in _VIEWS:
+                weight = weight.all_input_nodes[0]
+            yield weight
+
+
+def _is_given(weight: fx.Node) -> bool:
+    """Whether a weight is there before the graph runs: an input of it, or prepared from some."""
+    return weight.op == "placeholder" or getattr(weight.target, "namespace", None) == NAMESPACE
+
+
+def _prefetch(graph: fx.Graph, weight: fx.Node, start: fx.Node, size: int) -> None:
+    """A prefetch of ``size`` bytes of ``weight`` as soon as ``start`` is there."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    last = max((start, weight), key=order.__getitem__)
+    if last.op == "placeholder":  # Inputs stay together, in front.
+        last = graph.find_nodes(op="placeholder")[-1]
+    while last.next.target is torch.ops.npu.npu_prefetch.default:  # Torchair runs them in the graph's order.
+        last = last.next
+    with graph.inserting_after(last):
+        node = graph.call_function(torch.ops.npu.npu_prefetch.default, (weight, start, size))
+    node.meta = {key: start.meta[key] for key in ("stack_trace", "nn_module_stack") if key in start.meta}
+    node.meta["val"] = None
