@@ -106,6 +106,7 @@ $(TRITON_ASCEND)/installed: Makefile | $(BIN)/python
 
 # An environment of its own: where torch_npu is installed, `import torch` loads it and fails without CANN.
 $(ASCEND)/installed: $(BUILD_INPUTS)
+	rm -rf $(ASCEND)
 	$(PYTHON) -m venv $(ASCEND)
-	$(ASCEND)/bin/python -m pip --disable-pip-version-check install --editable '.[ascend,pinned]'
+	$(ASCEND)/bin/python -m pip --disable-pip-version-check install --editable '.[test-ascend,pinned]'
 	touch $@

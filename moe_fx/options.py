@@ -76,10 +76,10 @@ class Options:
     )
     ascend_weights: str = _option(
         "prepared",
-        "Expert weights on Ascend: a copy in the grouped matmul's layout, made once, or as_is, transposed per call.",
+        "Unquantised expert weights on Ascend: a copy in the operators' layout, made once, or as_is, transposed per call.",
         choices=ASCEND_WEIGHTS,
     )
-    ascend_nz: bool = _option(False, "Cast prepared expert weights to the fractal format NZ on Ascend.")
+    ascend_nz: bool = _option(False, "Cast prepared expert weights (not int4) to the fractal format NZ on Ascend.")
     ascend_prefetch: bool = _option(
         False, "Read expert weights into the L2 cache while attention and routing run, on Ascend in mode ge."
     )

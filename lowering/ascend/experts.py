@@ -25,6 +25,7 @@ from moe_fx.lowering.prepared_inputs import call_recipe
 _FLOATING = (torch.bfloat16, torch.float16, torch.float32)
 # Last dimensions of x and weight must be below this in npu_grouped_matmul.
 _INNER_LIMIT = 65536
+_WEIGHTS = ("w13", "w2", "b13", "b2", "w3", "b3")
 # Instead of an operator's name, for activations that PyTorch's own ops compute.
 _ATEN = "activation in ATen"
 
@@ -67,11 +68,16 @@ def layout_after(a: dict[str, Any], settings: Settings) -> str:
 
 def _used_as_is(a: dict[str, Any], settings: Settings) -> bool:
     """Whether w13 is multiplied as the model has it: as asked, or because it lies right already."""
-    if not settings.prepare:
+    if not _prepared(a, settings):
         return True
     # Only one activation reads gate and up interleaved.
     interleaved = a["layout"] == "interleaved" and activation_name(a["act"], a["limit"], "interleaved") != _ATEN
     return a["transposed"] and not settings.nz and (a["layout"] in ("gate_up", "none") or interleaved)
+
+
+def _prepared(a: dict[str, Any], settings: Settings) -> bool:
+    """Whether the weights are brought into the operators' layout before the call: not those that the graph computes."""
+    return settings.prepare and are_inputs(a[name] for name in _WEIGHTS)
 
 
 def _operands(node: fx.Node, a: dict[str, Any], settings: Settings) -> tuple[list[fx.Node | None], bool, str]:
@@ -79,9 +85,8 @@ def _operands(node: fx.Node, a: dict[str, Any], settings: Settings) -> tuple[lis
 
     A weight that the graph computes itself cannot be prepared before the call: a view of it is multiplied.
     """
-    names = ("w13", "w2", "b13", "b2", "w3", "b3")
-    if not settings.prepare or not are_inputs(a[name] for name in names):
-        return [a[name] for name in names], a["transposed"], a["layout"]
+    if not _prepared(a, settings):
+        return [a[name] for name in _WEIGHTS], a["transposed"], a["layout"]
     layout = "gate_up" if _used_as_is(a, settings) else a["layout"]
     stack = functools.partial(call_recipe, node, recipes.stacked, transposed=a["transposed"], nz=settings.nz)
     cast = functools.partial(call_recipe, node, recipes.columns, dtype=bias_dtype(value(a["x"]).dtype))
@@ -161,6 +166,8 @@ def run_routed(
     """Sort rows by expert, ``project(rows, rows per expert)``, and sum each token's weighted results."""
     top_k = ids.shape[1]
     combine_dtype = torch.promote_types(x.dtype, weights.dtype)
+    # Where an expert has biases, a row of zeros does not come out as zeros: its weight must be zero behind them.
+    scales = None if ids_in_range else ((ids >= 0) & (ids < n_experts)).to(combine_dtype)
     ids, weights = only_experts(ids, weights, n_experts, ids_in_range)
     rows, routed_ids = x, ids
     if weight_on == "input":
@@ -169,7 +176,8 @@ def run_routed(
         routed_ids = ids.reshape(-1, 1)
     expanded, row_index, counts, _ = init_routing(rows, routed_ids, n_experts)
     out = project(expanded, counts)
-    scales = weights.to(combine_dtype) if weight_on == "output" else None
+    if weight_on == "output":
+        scales = weights.to(combine_dtype)
     y = combined(out.to(combine_dtype), scales, row_index, top_k, combine)
     return y.to(out_dtype or x.dtype)
 

@@ -1,7 +1,7 @@
 """``experts_int4`` (W4A16): the project's own kernel for few tokens, ``npu_grouped_matmul`` with antiquant otherwise.
 
-Both read the same packed weights, so a graph for few tokens and one for many share them. Without the kernel library
-(``w4a16.kernel_library``) every graph takes the grouped product.
+Both read weights of one packed form. Without the kernel library (``w4a16.kernel_library``) every graph takes the
+grouped product.
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+import moe_fx
+from moe_fx.errors import MissingToolchainError
 from moe_fx.lowering.ascend.antiquant import widened
 from moe_fx.lowering.ops.experts import like_x
 
@@ -83,13 +85,20 @@ def kernel_library() -> Path | None:
     """The kernel library, loaded; None where there is none.
 
     Raises:
-        FileNotFoundError: the variable names a file that is not there.
+        MissingToolchainError: the variable names a file that is not there, or the library cannot be loaded.
     """
     named = os.environ.get(LIBRARY_VARIABLE)
-    path = Path(named) if named else Path(__file__).parents[2] / _LIBRARY_NAME
+    path = Path(named) if named else Path(str(moe_fx.__file__)).parent / _LIBRARY_NAME
     if not path.exists():
         if named:
-            raise FileNotFoundError(f"{LIBRARY_VARIABLE} names {path}, which does not exist")
+            raise MissingToolchainError(
+                f"{LIBRARY_VARIABLE} names {path}, which does not exist; unset it to run without the library"
+            )
         return None
-    torch.ops.load_library(str(path))
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise MissingToolchainError(
+            f"the Ascend C kernel library {path} cannot be loaded ({error}); build it for this CANN, or remove it"
+        ) from error
     return path

@@ -109,6 +109,16 @@ def test_experts_with_ids_of_no_expert():
     assert difference("experts", tuple(args), {}) == ""
 
 
+def test_experts_with_biases_give_nothing_to_ids_of_no_expert():
+    """A row of zeros comes out of an expert with biases as something else."""
+    x, weights, ids, w13, w2, *_ = samples("experts", torch.float32)[2].args
+    ids = ids.clone()
+    ids[0, 0], ids[2, :] = 8, -1
+    biases = torch.randn(w13.shape[:2]), torch.randn(w2.shape[:2])
+    for weight_on in ("input", "output"):
+        assert difference("experts", (x, weights, ids, w13, w2, *biases), dict(weight_on=weight_on)) == ""
+
+
 def test_experts_with_weights_in_x_dtype():
     args = list(samples("experts", torch.bfloat16)[2].args)
     args[1] = args[1].bfloat16()

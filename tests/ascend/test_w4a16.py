@@ -15,6 +15,7 @@ from host_cann.preload import LIBRARY
 from lowered_op import difference, kernel
 
 from moe_fx.check import compare_outputs
+from moe_fx.errors import MissingToolchainError
 from moe_fx.lowering.ascend import w4a16
 from moe_fx.lowering.ops import CANONICAL_OPS
 
@@ -51,7 +52,7 @@ def test_the_op_without_its_kernel_runs_the_grouped_product(library):
 def test_a_library_that_is_named_must_exist(monkeypatch):
     monkeypatch.setenv(w4a16.LIBRARY_VARIABLE, "nowhere.so")
     w4a16.kernel_library.cache_clear()
-    with pytest.raises(FileNotFoundError, match="MOE_FX_ASCENDC_LIBRARY names nowhere"):
+    with pytest.raises(MissingToolchainError, match="MOE_FX_ASCENDC_LIBRARY names nowhere"):
         w4a16.kernel_library()
 
 
