@@ -5,15 +5,24 @@ inputs, registered with :func:`recipe`. The graph means the same with or without
 back. Before it is compiled, :func:`hoist` takes these calls out: the compiled graph has an input for each result, and a
 wrapper with the outer calling convention makes them.
 
-A result is made at the first call with a weight, one at a time. A weight that was written to since (its version counter
-moved, or its memory is another) is prepared again, into the same memory, so that captured graphs stay valid. A result
-is dropped with its weight.
+A result is made at the first call with a weight, one at a time. It is a second copy beside the model's weight; graphs
+of a process that prepare a weight in the same way share it. It is dropped with its weight, or with the last such graph.
+
+Every call compares each weight's version counter and address with those that its result was made from. If one moved,
+the weight is prepared again, into the same memory, so that captured graphs stay valid. That misses some writes:
+
+* Writes through ``.data`` (``p.data.copy_(new)``, ``p.data += d``) move neither. Writes to weights that are inference
+  tensors move no counter, as these have none. After either, call :func:`weights_changed`.
+* A graph captured around the compiled call replays without the comparison. After any write, call the compiled function
+  once outside the capture: it brings the memory that the captured graph reads up to date.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +37,18 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _STATIC = "_dynamo_static_input_type"
 
 Compiled = Callable[..., Any]
+
+_epoch = 0
+
+
+def weights_changed() -> None:
+    """Have every prepared weight of the process made anew, into the same memory, at its next call.
+
+    For writes that the version counter does not see: through ``.data``, or to inference tensors.
+    """
+    global _epoch
+    with _making:
+        _epoch += 1
 
 
 def recipe(schema: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
@@ -119,8 +140,17 @@ class _Recipe:
     def make(self, inputs: Sequence[Any] | Mapping[int, Any]) -> torch.Tensor:
         """The result for these graph inputs."""
         args, kwargs = tree_map(lambda a: inputs[a.index] if isinstance(a, _Position) else a, (self.args, self.kwargs))
-        with torch.no_grad():
+        with _ordinary_tensors():
             return self.target(*args, **kwargs)
+
+    def identity(self, sources: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """Equal for calls of any graph that have the same result; holds while the sources live."""
+        rank = {source: _Position(place) for place, source in enumerate(self.sources)}
+        args, kwargs = tree_map(lambda a: rank[a.index] if isinstance(a, _Position) else a, (self.args, self.kwargs))
+        # ``Module.to`` changes dtype and device of a parameter that stays the same object.
+        kinds = tuple((id(s), s.dtype, s.device, s.shape, s.stride()) for s in sources)
+        # In words: the arguments are lists and dicts, and 1, 1.0 and True are not to be one.
+        return self.target, repr((args, sorted(kwargs.items()))), kinds
 
 
 @dataclass(frozen=True)
@@ -167,10 +197,32 @@ def _example(item: _Recipe, inputs: Sequence[Any]) -> torch.Tensor:
     return result
 
 
-@dataclass
+@contextlib.contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Outside inference mode, whatever the caller's: results must take later writes from any mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+State = tuple[int, tuple[tuple[int, int], ...]]
+
+
 class _Value:
-    state: tuple[tuple[int, int], ...]
-    tensor: torch.Tensor
+    """A result, and the state of its sources that it was made from."""
+
+    def __init__(self, item: _Recipe, args: Sequence[Any], state: State) -> None:
+        self.state, self.tensor = state, item.make(args)
+
+    def bring_to(self, state: State, item: _Recipe, args: Sequence[Any]) -> None:
+        if self.state != state:
+            with _ordinary_tensors():
+                self.tensor.copy_(item.make(args))
+            self.state = state
+
+
+# Graphs own values; this is how a graph finds another's. The lock is held to make and to refresh them, by any thread.
+_shared: weakref.WeakValueDictionary[tuple[Any, ...], _Value] = weakref.WeakValueDictionary()
+_making = threading.RLock()
 
 
 class _Prepared:
@@ -179,6 +231,8 @@ class _Prepared:
     def __init__(self, compiled: Compiled, kept: tuple[int, ...], recipes: tuple[_Recipe, ...]) -> None:
         self._compiled, self._kept, self._recipes = compiled, kept, recipes
         self._values: dict[tuple[int, ...], _Value] = {}
+        # They let go of a value when a source dies. They die with the graph; a finalizer would keep the value alive.
+        self._watches: dict[tuple[int, ...], list[weakref.ref[torch.Tensor]]] = {}
 
     def __call__(self, *args: Any) -> Any:
         prepared = [self._value(number, item, args) for number, item in enumerate(self._recipes)]
@@ -187,19 +241,34 @@ class _Prepared:
     def _value(self, number: int, item: _Recipe, args: Sequence[Any]) -> torch.Tensor:
         sources = [args[source] for source in item.sources]
         key = (number, *map(id, sources))
-        state = tuple((_version(source), source.data_ptr()) for source in sources)
+        state = _state(sources)
         value = self._values.get(key)
-        if value is None:
-            value = self._values[key] = _Value(state, item.make(args))
-            for source in sources:
-                weakref.finalize(source, self._values.pop, key, None)
-        elif value.state != state:
-            with torch.no_grad():
-                value.tensor.copy_(item.make(args))
-            value.state = state
+        if value is None or value.state != state:
+            with _making:
+                # Another thread or graph may have been here while this one waited.
+                value = self._values.get(key) or self._obtain(key, item, args, sources)
+                value.bring_to(_state(sources), item, args)
         return value.tensor
 
+    def _obtain(
+        self, key: tuple[int, ...], item: _Recipe, args: Sequence[Any], sources: Sequence[torch.Tensor]
+    ) -> _Value:
+        identity = item.identity(sources)
+        value = _shared.get(identity)
+        if value is None:
+            value = _shared[identity] = _Value(item, args, _state(sources))
+        self._values[key] = value
+        graph = weakref.ref(self)
+        self._watches[key] = [weakref.ref(source, lambda _: _let_go(graph, key)) for source in sources]
+        return value
 
-def _version(tensor: torch.Tensor) -> int:
-    # Inference tensors have no counter; they cannot be written to outside inference mode either.
-    return 0 if tensor.is_inference() else tensor._version
+
+def _let_go(graph: weakref.ref[_Prepared], key: tuple[int, ...]) -> None:
+    prepared = graph()
+    if prepared is not None:
+        prepared._values.pop(key, None)
+        prepared._watches.pop(key, None)
+
+
+def _state(sources: Sequence[torch.Tensor]) -> State:
+    return _epoch, tuple((0 if s.is_inference() else s._version, s.data_ptr()) for s in sources)

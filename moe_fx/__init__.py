@@ -22,6 +22,7 @@ _EXPORTS = {
     "load_quantized": "moe_fx.preparation",
     "save_packed": "moe_fx.preparation",
     "load_packed": "moe_fx.preparation",
+    "weights_changed": "moe_fx.lowering.prepared_inputs",
     "Options": "moe_fx.options",
     "Pass": "moe_fx.passes.core",
     "MatchContext": "moe_fx.passes.core",

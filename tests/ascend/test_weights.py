@@ -17,7 +17,7 @@ from moe_fx.lowering.ascend.settings import Settings
 from moe_fx.lowering.ascend.target import AscendTarget
 from moe_fx.lowering.ops import CANONICAL_OPS
 from moe_fx.lowering.ops.experts_quantized import dequantize_int4
-from moe_fx.lowering.prepared_inputs import hoist
+from moe_fx.lowering.prepared_inputs import hoist, weights_changed
 
 
 def prepared_experts(settings=None):
@@ -54,6 +54,19 @@ def test_a_weight_is_prepared_once_and_again_after_a_write(monkeypatch):
     assert [value.tensor.data_ptr() for value in call._values.values()] == addresses, "captured graphs hold addresses"
 
 
+def test_a_write_through_data_needs_to_be_told():
+    _, inputs, _, call, sample = prepared_experts()
+    with torch.inference_mode():
+        first = call(*inputs).cpu()
+    addresses = [value.tensor.data_ptr() for value in call._values.values()]
+    inputs[4].data.mul_(2)
+    weights_changed()
+    with torch.no_grad():
+        assert torch.allclose(call(*inputs).cpu(), 2 * first, atol=1e-4)
+    assert [value.tensor.data_ptr() for value in call._values.values()] == addresses
+    assert torch.allclose(first, CANONICAL_OPS["experts"].reference(*sample.args), atol=1e-4)
+
+
 def test_a_prepared_weight_goes_with_its_source():
     _, inputs, _, call, _ = prepared_experts()
     call(*inputs)
@@ -85,3 +98,21 @@ def test_int4_recipes_give_the_canonical_weight(layout, zeros):
     scales = recipes.group_scales(scale, layout=layout).repeat_interleave(32, dim=1)
     offsets = recipes.group_offsets(scale, zero, layout=layout).repeat_interleave(32, dim=1)
     assert torch.equal((values + offsets) * scales, want)
+
+
+def test_recipes_take_inference_tensors_and_give_ordinary_ones():
+    with torch.inference_mode():
+        weight, packed = torch.randn(2, 16, 8), torch.randint(0, 256, (2, 16, 32), dtype=torch.uint8)
+        scale, zero = torch.rand(2, 16, 2), torch.randint(0, 16, (2, 16, 2), dtype=torch.uint8)
+    with torch.no_grad():
+        results = [
+            recipes.stacked([weight]),
+            recipes.stacked([weight], transposed=True),
+            recipes.columns([weight[0]]),
+            recipes.int4_packed(packed),
+            recipes.group_scales(scale),
+            recipes.group_offsets(scale),
+            recipes.group_offsets(scale, zero),
+            recipes.zero_offsets(scale, dtype=torch.float16),
+        ]
+    assert not any(result.is_inference() for result in results)
