@@ -63,7 +63,13 @@ def moe_ascend(
 
     def finish(graph: fx.GraphModule, artifacts: Artifacts | None = None) -> Callable[..., Any]:
         compiled = downstream.compile_graph(
-            finisher, graph, example_inputs, mode=mode, config=opts.downstream_options, artifacts=artifacts
+            finisher,
+            graph,
+            example_inputs,
+            mode=mode,
+            config=opts.downstream_options,
+            artifacts=artifacts,
+            automatic=opts.downstream == "auto",
         )
         report.artifacts = list(artifacts.outcomes) if artifacts is not None else []
         if opts.report is not None:  # Last: dynamo may restart a compilation from within the downstream compiler.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,7 @@ def resolve(name: str, target: str) -> str:
     Raises:
         MissingToolchainError: torchair was asked for and is not installed.
     """
-    has_torchair = importlib.util.find_spec("torchair") is not None or importlib.util.find_spec("torch_npu") is not None
+    has_torchair = torchair_handoff.is_installed()
     if name == "auto":
         return "torchair" if target == "ascend" and has_torchair else "inductor"
     if name == "torchair" and not has_torchair:
@@ -45,6 +44,7 @@ def compile_graph(
     mode: str | None = None,
     config: Mapping[str, Any] | None = None,
     artifacts: Artifacts | None = None,
+    automatic: bool = False,
 ) -> CompiledFn:
     """Compile ``gm`` with the named downstream compiler.
 
@@ -52,10 +52,14 @@ def compile_graph(
         mode: ``torch.compile``'s mode, for Inductor; ``ge`` or ``npugraph_ex``, for torchair.
         config: the compiler's own options (Inductor config patches; for torchair see ``torchair_handoff``).
         artifacts: where a compiler without a cache of its own keeps what it made; Inductor has its own.
+        automatic: ``auto`` chose the compiler, for this graph; what is meant for the one it may choose for another
+            (Inductor, torchair) is checked and left out. A name that both know goes to both.
 
     Raises:
         OptionError: a mode or config that the compiler does not take.
     """
+    if automatic and name in ("inductor", "torchair"):
+        mode, config = _own(name, mode, config or {})
     modes = torchair_handoff.MODES if name == "torchair" else MODES
     if mode not in (None, *modes):
         raise OptionError(f"mode={mode!r} is unknown to downstream={name!r}; valid modes: {', '.join(modes)}")
@@ -64,6 +68,29 @@ def compile_graph(
         raise OptionError(f"{given} is for downstream='inductor' or 'torchair', not {name!r}")
     inputs, with_prepared = hoist(gm, example_inputs)
     return with_prepared(_COMPILERS[name](gm, inputs, Request(mode, dict(config or {}), artifacts)))
+
+
+def _own(name: str, mode: str | None, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Mode and options without what only the other compiler knows; what neither knows stays, to be refused."""
+    we_know, they_know = _inductor_knows, torchair_handoff.knows
+    if name == "torchair":
+        we_know, they_know = they_know, we_know
+    theirs = {key: value for key, value in config.items() if not we_know(key, value) and they_know(key, value)}
+    ours = {key: value for key, value in config.items() if key not in theirs}
+    if name == "torchair":
+        return (None if mode in MODES else mode), ours
+    is_torchairs = mode in torchair_handoff.MODES and torchair_handoff.is_installed()
+    if is_torchairs or theirs:
+        torchair_handoff.configured(mode if is_torchairs else None, theirs)
+    return (None if is_torchairs else mode), ours
+
+
+def _inductor_knows(name: str, value: Any) -> bool:
+    from torch._inductor import config as inductor_config
+
+    entry = inductor_config._config.get(name.replace("-", "_"))  # type: ignore[attr-defined]
+    # torchair has a group of options `debug`, which here is a plain one.
+    return entry is not None and (isinstance(entry.default, Mapping) or not isinstance(value, Mapping))
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Options:
     )
     ascend_weights: str = _option(
         "prepared",
-        "Unquantised expert weights on Ascend: a copy in the operators' layout, made once, or as_is, transposed per call.",
+        "Expert weights on Ascend, unquantised ones: a copy in the operators' layout, or as_is, transposed per call.",
         choices=ASCEND_WEIGHTS,
     )
     ascend_nz: bool = _option(False, "Cast prepared expert weights (not int4) to the fractal format NZ on Ascend.")

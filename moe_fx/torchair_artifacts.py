@@ -1,4 +1,4 @@
-"""GE graphs that torchair made, kept in the compile cache: the one file that touches torchair's semi-private classes.
+"""GE graphs that torchair made, kept in the compile cache, by way of torchair's semi-private classes.
 
 An artifact is the Python text that torchair writes for a converted graph: the serialized GE graph, its compile options
 and a ``kernel`` function. ``Artifacts`` gives it back only from an entry that belongs to this user, is closed to others

@@ -1,11 +1,14 @@
 """Hand-off to torchair: its two modes, its own options by name, and gears for dynamic sizes.
 
-Everything is per graph: the options go into a configuration of this compilation, and nothing is registered with
-torchair. A user's own passes (``post_grad_custom_pre_pass``, ``post_grad_custom_post_pass``) run as torchair runs them.
+Options are per graph: they go into a configuration of this compilation, and no pattern or pass is registered with
+torchair. Converters to GE are per process: those of ``ge_converters`` are registered, once, before the first graph that
+is compiled in mode ``ge``. A user's own passes (``post_grad_custom_pre_pass``,
+``post_grad_custom_post_pass``) run as torchair runs them.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,7 @@ import torch
 from torch import fx
 
 from moe_fx import torchair_artifacts
-from moe_fx.errors import OptionError
+from moe_fx.errors import MissingToolchainError, OptionError
 
 if TYPE_CHECKING:
     from moe_fx.cache.artifacts import Artifacts
@@ -38,33 +41,78 @@ def compile_graph(
         inputs: example inputs, fake as dynamo gives them.
         mode: ``torch.compile``'s; one of ``MODES``, default the option ``mode``, default ``ge``.
         options: ``mode``; ``gears``: sizes to compile for, ``{argument name: {dimension: [sizes]}}`` (``ge`` only, the
-            dimension must be dynamic); and any option of ``torchair.CompilerConfig``, by its dotted name
-            (``"debug.graph_dump.type": "py"``) or nested (``{"debug": {"graph_dump": {"type": "py"}}}``).
+            dimension must be dynamic; a graph without such an argument goes without); and any option of
+            ``torchair.CompilerConfig``, by its dotted name (``"debug.graph_dump.type": "py"``) or nested
+            (``{"debug": {"graph_dump": {"type": "py"}}}``).
         artifacts: where graphs converted to GE are kept. ``npugraph_ex`` has no such conversion, and keeps nothing.
 
     Raises:
         OptionError: an unknown name or a value that torchair refuses; the message lists what is valid.
+        MissingToolchainError: torchair cannot be imported.
+        UnsupportedError: this torchair has no place for converters to GE.
     """
-    import torch_npu  # noqa: F401  Makes torchair importable.
-    import torchair
+    torchair = _torchair()
+    mode, config = configured(mode, options)
+    if mode == "ge":
+        from moe_fx.lowering.ascend import ge_converters
 
-    from moe_fx.lowering.ascend import ge_converters
+        ge_converters.register()
+        inputs = _with_gears(gm, inputs, options.get(_GEARS) or {})
+        if artifacts is not None:
+            names = [name for name, _ in _flat(options) if name.split(".")[0] not in (_MODE, _GEARS)]
+            return torchair_artifacts.compile_graph(gm, inputs, config, names, artifacts)
+    compiled: Callable[..., Any] = torchair.get_npu_backend(compiler_config=config)(gm, list(inputs))
+    return compiled
 
-    # A graph from the cache was lowered, which registers them too, in another process.
-    ge_converters.register()
+
+def configured(mode: str | None, options: Mapping[str, Any]) -> tuple[str, Any]:
+    """The mode and a ``torchair.CompilerConfig``, with the options checked; arguments and errors as ``compile_graph``.
+
+    Gears are checked as far as it goes without a graph.
+    """
     options = dict(options)
     mode = _mode(mode, options.pop(_MODE, None))
     gears = options.pop(_GEARS, None)
-    config = configure(torchair.CompilerConfig(), mode, options)
     if gears is not None:
         if mode != "ge":
             raise OptionError(f"downstream_options['gears'] is for mode='ge'; {mode!r} captures each size as it comes")
-        inputs = _with_gears(gm, inputs, gears)
-    if mode == "ge" and artifacts is not None:
-        names = [name for name, _ in _flat(options)]
-        return torchair_artifacts.compile_graph(gm, inputs, config, names, artifacts)
-    compiled: Callable[..., Any] = torchair.get_npu_backend(compiler_config=config)(gm, list(inputs))
-    return compiled
+        if not isinstance(gears, Mapping) or not all(isinstance(sizes, Mapping) for sizes in gears.values()):
+            raise OptionError(
+                f"downstream_options['gears'] is {gears!r}; give {{argument name: {{dimension: [sizes]}}}}"
+            )
+    return mode, configure(_torchair().CompilerConfig(), mode, options)
+
+
+def knows(name: str, value: Any) -> bool:
+    """Whether a downstream option with this name, and a value of this kind, is torchair's; never where it is absent."""
+    if not is_installed():
+        return False
+    if name in (_MODE, _GEARS):
+        return True
+    config = _torchair().CompilerConfig()
+    first, *rest = name.split(".")
+    if first not in config._fixed_attrs:
+        return False
+    # Inductor has a plain option `debug`, which here is a group.
+    is_group = hasattr(getattr(config, first), "_fixed_attrs")
+    return is_group == (bool(rest) or isinstance(value, Mapping))
+
+
+def is_installed() -> bool:
+    """Whether torchair is there, on its own or in torch_npu."""
+    return importlib.util.find_spec("torchair") is not None or importlib.util.find_spec("torch_npu") is not None
+
+
+def _torchair() -> Any:
+    try:
+        import torch_npu  # noqa: F401  Makes torchair importable.
+        import torchair
+    except ImportError as error:
+        raise MissingToolchainError(
+            f"torchair cannot be imported ({error}); install the torch_npu for your CANN and source CANN's set_env.sh, "
+            f"or use downstream='inductor' (or 'eager')"
+        ) from error
+    return torchair
 
 
 def configure(config: Any, mode: str, options: Mapping[str, Any]) -> Any:
@@ -119,31 +167,32 @@ def _check_name(place: Any, part: str, name: str) -> None:
         raise OptionError(f"downstream_options names {name!r}, which torchair's config does not have: {where}")
 
 
-def _with_gears(gm: fx.GraphModule, inputs: Sequence[Any], gears: Any) -> list[Any]:
-    """Example inputs marked as ``torchair.inference.set_dim_gears`` marks them; the user's tensors stay as they are."""
-    from torchair.inference import set_dim_gears
-
-    if not isinstance(gears, Mapping):
-        raise OptionError("downstream_options['gears'] must be {argument name: {dimension: [sizes]}}")
+def _with_gears(gm: fx.GraphModule, inputs: Sequence[Any], gears: Mapping[str, Mapping[int, Any]]) -> list[Any]:
+    """Example inputs, those named marked as ``torchair.inference.set_dim_gears`` does; users' tensors stay unmarked."""
     marked = list(inputs)
-    by_name = {}
     for index, node in enumerate(gm.graph.find_nodes(op="placeholder")):
         name = getattr(getattr(node, "_dynamo_source", None), "local_name", node.name)
-        fake = node.meta.get("example_value", node.meta.get("val", inputs[index]))
-        if isinstance(fake, torch.Tensor) and not isinstance(inputs[index], torch.nn.Parameter):
-            by_name[name] = marked[index] = fake
-    for name, sizes in gears.items():
-        if name not in by_name:
-            known = ", ".join(key for key in by_name if key.isidentifier())
-            raise OptionError(f"downstream_options['gears'] names {name!r}; the graph's tensor arguments are: {known}")
-        for dimension in sizes:
-            if isinstance(by_name[name].shape[dimension], int):
-                raise OptionError(
-                    f"gears for dimension {dimension} of {name!r}, which is fixed; compile with dynamic=True or "
-                    f"torch._dynamo.mark_dynamic it"
-                )
-        try:
-            set_dim_gears(by_name[name], dict(sizes))
-        except AssertionError as error:
-            raise OptionError(f"downstream_options['gears'][{name!r}]: {error}") from error
+        if name in gears and isinstance(inputs[index], torch.Tensor):
+            marked[index] = node.meta.get("example_value", node.meta.get("val", inputs[index]))
+            _set_gears(name, marked[index], gears[name])
     return marked
+
+
+def _set_gears(name: str, tensor: torch.Tensor, sizes: Mapping[int, Any]) -> None:
+    from torchair.inference import set_dim_gears
+
+    for dimension in sizes:
+        if not isinstance(dimension, int) or not 0 <= dimension < tensor.dim():
+            raise OptionError(
+                f"downstream_options['gears'][{name!r}] names dimension {dimension!r}; {name!r} has {tensor.dim()} "
+                f"dimensions, counted from 0"
+            )
+        if isinstance(tensor.shape[dimension], int):
+            raise OptionError(
+                f"gears for dimension {dimension} of {name!r}, which is fixed; compile with dynamic=True or "
+                f"torch._dynamo.mark_dynamic it"
+            )
+    try:
+        set_dim_gears(tensor, dict(sizes))
+    except AssertionError as error:
+        raise OptionError(f"downstream_options['gears'][{name!r}]: {error}") from error

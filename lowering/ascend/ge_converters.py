@@ -1,28 +1,61 @@
-"""Converters to GE for ops that torchair has none for; registered when a graph for torchair is lowered."""
+"""Converters to GE for ops that torchair has none for, or a broken one.
+
+They are ``npu_moe_gating_top_k_softmax_v2``, both forms of ``npu_moe_token_unpermute`` and this project's
+``experts_w4a16``. torchair keeps one converter per op and process: every later GE graph with these ops uses them.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import moe_fx.lowering.ascend.w4a16  # noqa: F401  Defines the op.
+from moe_fx.errors import UnsupportedError
+
+Converter = Callable[..., Any]
 
 
 @functools.cache
 def register() -> None:
-    """Give torchair the converters. They are per op, so that other graphs in the process are not concerned."""
-    import torchair
-    from torchair._ge_concrete_graph import fx2ge_converter
-    from torchair._ge_concrete_graph.ge_converter import custom, lite  # noqa: F401  Loaded late, they would win.
+    """Give torchair the converters, for the process, once. An op that has a converter already keeps it.
 
-    register_converter = torchair.register_fx_node_ge_converter
+    The exception is torchair's own for ``npu_moe_gating_top_k_softmax_v2``, which is replaced.
 
-    # torchair 2.13's own calls the operator's first version, which does not have these attributes, and fails. It may be
-    # on a list of converters that stay.
-    softmax_v2 = torch.ops.npu.npu_moe_gating_top_k_softmax_v2.default
-    getattr(fx2ge_converter, "_LITE_CONVERTER_OPS", set()).discard(softmax_v2)
+    Raises:
+        UnsupportedError: this torchair has no place for them.
+    """
+    softmax_v2: Any = torch.ops.npu.npu_moe_gating_top_k_softmax_v2.default
+    users = getattr(softmax_v2, "_ge_converter", None)
+    try:
+        import torchair
+
+        registry = importlib.import_module("torchair._ge_concrete_graph.fx2ge_converter")
+        for own in ("custom", "lite"):  # Loaded late, they would win.
+            importlib.import_module(f"torchair._ge_concrete_graph.ge_converter.{own}")
+        give = torchair.register_fx_node_ge_converter
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedError(
+            f"this torchair does not take converters to GE as moe-fx registers them ({error}); "
+            f"use mode='npugraph_ex', which needs none, or another torch_npu"
+        ) from error
+
+    if users is not None and not _is_torchairs(users):
+        softmax_v2._ge_converter = users  # What was just imported has put torchair's own over it.
+
+    # torchair 2.13's own for softmax_v2 calls the operator's first version, which does not have these attributes, and
+    # fails. It may be on a list of converters that stay.
+    def register_converter(op: Any) -> Callable[[Converter], Any]:
+        present = getattr(op, "_ge_converter", None)
+        if present is not None and not (op is softmax_v2 and _is_torchairs(present)):
+            return lambda converter: converter
+        getattr(registry, "_LITE_CONVERTER_OPS", set()).discard(op)
+        given: Callable[[Converter], Any] = give(op)
+        return given
 
     @register_converter(softmax_v2)
     def gating_top_k_softmax_v2(
@@ -78,3 +111,7 @@ def register() -> None:
         names = [argument.name for argument in torch.ops.moe_fx_ascend.experts_w4a16.default._schema.arguments]
         inputs = dict(zip(names, operands, strict=True))
         return torchair.ge.custom_op("MoeFxExpertsW4A16", inputs=inputs, outputs=["y"], attrs={})
+
+
+def _is_torchairs(converter: Converter) -> bool:
+    return inspect.unwrap(converter).__module__.split(".")[0] in ("torchair", "torch_npu")

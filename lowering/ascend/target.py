@@ -65,12 +65,8 @@ class AscendTarget(ReferenceTarget):
                 continue
             choice.rewrite(gm, node)
             lowered = True
-        if lowered and downstream == "torchair":
-            from moe_fx.lowering.ascend import ge_converters
-
-            ge_converters.register()
-            if self.settings.prefetch_mib:
-                prefetch.insert(gm, self.settings.prefetch_mib)
+        if lowered and downstream == "torchair" and self.settings.prefetch_mib:
+            prefetch.insert(gm, self.settings.prefetch_mib)
         gm.graph.lint()
         gm.recompile()
 

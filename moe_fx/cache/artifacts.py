@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import fx
 
 from moe_fx.cache.errors import Uncacheable
 from moe_fx.cache.key import graph_digest
 from moe_fx.cache.store import Store, key_of
-from moe_fx.errors import CacheError, MoeFxWarning
+from moe_fx.errors import MoeFxWarning
 
 __all__ = ["Artifacts"]
 
@@ -66,8 +68,8 @@ class Artifacts:
         except Uncacheable as reason:
             self.outcomes.append(f"off: {reason}")
             return compile()
-        outcome = "miss"
-        for path in self._store.find(key_of(kind, components)):
+        outcome, known = "miss", _guards(gm)
+        for path in self._find(kind, components):
             try:
                 _, body = self._store.read(path)
                 loaded = load(body)
@@ -83,9 +85,25 @@ class Artifacts:
         self.outcomes.append(outcome)
         compiled = compile()
         try:
+            if _guards(gm) != known:
+                raise Uncacheable("the compiled form holds for some sizes only")
             self._store.write(kind, components, dump(compiled))
         except Uncacheable as reason:
             self.outcomes[-1] = f"off: {reason}"
-        except CacheError as error:
+        except Exception as error:  # Whatever it is, the compiled form is there.
             warnings.warn(f"moe_ascend: {error}; the next start compiles again", MoeFxWarning, stacklevel=2)
         return compiled
+
+    def _find(self, kind: str, components: Mapping[str, str]) -> list[Path]:
+        try:
+            return [] if self._store is None else self._store.find(key_of(kind, components))
+        except OSError:
+            return []
+
+
+def _guards(gm: fx.GraphModule) -> int:
+    """How many conditions on sizes there are: a compiler that adds one has made something for these sizes."""
+    nodes = gm.graph.find_nodes(op="placeholder")
+    mode = torch._guards.detect_fake_mode([n.meta.get("val", n.meta.get("example_value")) for n in nodes])
+    env = None if mode is None else mode.shape_env
+    return 0 if env is None else len(env.guards) + len(env.replacements)

@@ -69,6 +69,11 @@ def modes() -> dict[str, Any]:
         "autocast": {kind: str(torch.get_autocast_dtype(kind)) for kind in kinds},
         "default_dtype": str(torch.get_default_dtype()),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "attention": [
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+        ],
         "matmul_precision": torch.get_float32_matmul_precision(),
         "functorch": _functorch_config(),
     }

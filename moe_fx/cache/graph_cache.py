@@ -127,9 +127,10 @@ class GraphCache:
                 report_codec.decode_into(self._report, data["report"])
             except FileNotFoundError:
                 continue
-            except CacheError as error:
-                reasons.append(str(error))
-                _warn(f"{error}; the graph is compiled anew and the entry replaced.")
+            except Exception as error:  # An entry that is no use must not stand in the way of its successor.
+                what = str(error) if isinstance(error, CacheError) else f"cache entry {path.name}: {error!r}"
+                reasons.append(what)
+                _warn(f"{what}; the graph is compiled anew and the entry replaced.")
                 continue
             store.touch(path)
             self._report.cache = "hit"

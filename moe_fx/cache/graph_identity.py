@@ -24,7 +24,7 @@ __all__ = ["device_types", "graph_lines", "tensor_bytes"]
 
 # Ops and functions of these are covered by the versions of torch and of moe-fx.
 _KNOWN_NAMESPACES = ("aten", "prim", "prims", "_c10d_functional")
-_OWN_NAMESPACE = "moe_fx"
+_OWN_NAMESPACES = ("moe_fx", "moe_fx_ascend", "moe_fx_cpu", "moe_fx_cuda", "moe_fx_prepare")
 _LIBRARIES = ("torch", "math", "operator", "_operator", "builtins")
 _PLAIN = (str, int, float, complex, bool, bytes, torch.dtype, torch.layout, torch.memory_format, torch.device)
 
@@ -43,6 +43,7 @@ def graph_lines(gm: fx.GraphModule) -> Iterator[str]:
             yield _value(node.meta.get("example_value", node.meta.get("val")))
         if node.op == "get_attr":
             yield from _constant(functools.reduce(getattr, str(node.target).split("."), gm))
+    yield _aliasing(gm)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
@@ -57,6 +58,17 @@ def device_types(gm: fx.GraphModule) -> list[str]:
     return sorted({value.device.type for value in values if isinstance(value, torch.Tensor)})
 
 
+def _aliasing(gm: fx.GraphModule) -> str:
+    """Which inputs share memory: the lowered graph of a model that writes to its inputs holds for that alone."""
+    numbers: dict[int, int] = {}
+    shared = []
+    for node in gm.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("example_value", node.meta.get("val"))
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            shared.append(numbers.setdefault(value.untyped_storage()._cdata, len(numbers)))
+    return f"memory {shared}"
+
+
 def _callee(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, str):
@@ -64,11 +76,9 @@ def _callee(node: fx.Node) -> str:
             raise Uncacheable(f"the graph calls the module {target} as a whole")
         return target
     if isinstance(target, torch._ops.OpOverload):
-        if _is_foreign_op(target) and _may_be_traced_into(target):
-            raise Uncacheable(f"the graph calls {target}, a composite op whose Python code becomes part of the graph")
-        return f"{target} {target._schema}"
+        return _op(target)
     if isinstance(target, torch._ops.OpOverloadPacket):
-        return f"{target} " + " ".join(str(getattr(target, name)._schema) for name in sorted(target.overloads()))
+        return " ".join(_op(getattr(target, name)) for name in sorted(target.overloads()))
     if isinstance(target, torch._ops.HigherOrderOperator):
         if "triton" in target.name():
             raise Uncacheable(f"the graph calls a Triton kernel of the model through {target.name()}")
@@ -83,10 +93,20 @@ def _callee(node: fx.Node) -> str:
     return f"{module}.{name}"
 
 
+def _op(op: torch._ops.OpOverload) -> str:
+    if _is_foreign_op(op) and _may_be_traced_into(op):
+        raise Uncacheable(f"the graph calls {op}, a composite op whose Python code becomes part of the graph")
+    return f"{op} {op._schema}"
+
+
 def _is_foreign_op(target: Any) -> bool:
-    if not isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        namespace = target._qualified_op_name.split("::")[0]
+    elif isinstance(target, torch._ops.OpOverload):
+        namespace = target.namespace
+    else:
         return False
-    return target.namespace not in _KNOWN_NAMESPACES and not target.namespace.startswith(_OWN_NAMESPACE)
+    return namespace not in (*_KNOWN_NAMESPACES, *_OWN_NAMESPACES)
 
 
 def _may_be_traced_into(op: torch._ops.OpOverload) -> bool:

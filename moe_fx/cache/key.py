@@ -108,8 +108,10 @@ def _extra_pass(item: Pass) -> Any:
     if cls.identity is not Pass.identity:
         return [cls.__qualname__, item.identity()]
     try:
-        inspect.getsource(importlib.import_module(cls.__module__))
+        bases = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("moe_fx", "abc", "builtins", "typing")]
+        sources_of = [inspect.getsource(importlib.import_module(base.__module__)) for base in bases]
     except (ImportError, OSError, TypeError) as error:
         raise Uncacheable(f"the pass {item.name!r} has no source file; override its identity()") from error
-    state = {name: _plain(value, f"{name} of the pass {item.name!r}") for name, value in vars(item).items()}
-    return [cls.__qualname__, item.identity(), state]
+    given = getattr(item, "__dict__", {})
+    state = {name: _plain(value, f"{name} of the pass {item.name!r}") for name, value in given.items()}
+    return [cls.__qualname__, item.identity(), sources_of, state]

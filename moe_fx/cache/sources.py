@@ -7,8 +7,11 @@ import hashlib
 import importlib
 import importlib.util
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from moe_fx.cache.errors import Uncacheable
 
 __all__ = ["digest", "file_digests", "files"]
 
@@ -35,11 +38,30 @@ def files() -> Iterator[tuple[str, Path]]:
 
 
 @functools.cache
+def _process_began() -> float:
+    """Seconds since the epoch; where the system does not tell, when this was asked first."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        return time.time()
+
+
+@functools.cache
 def file_digests() -> dict[str, str]:
     """The digest of each file, taken once per process: its code does not change while it runs."""
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files()}
 
 
 def digest() -> str:
-    """The digest over all of them."""
+    """The digest over all of them.
+
+    Raises:
+        Uncacheable: a file changed since this process began, so that it may run what is not there any more.
+    """
+    began = _process_began()
+    for name, path in files():
+        status = path.stat()
+        if max(status.st_mtime, status.st_ctime) > began:
+            raise Uncacheable(f"{name} of moe-fx changed while this process runs")
     return hashlib.sha256(repr(sorted(file_digests().items())).encode()).hexdigest()

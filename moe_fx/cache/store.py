@@ -32,6 +32,7 @@ FORMAT = 1
 
 _MAGIC = "moe-fx-cache"
 _SUFFIX, _TEMPORARY = ".entry", ".tmp"
+_HOMELESS = "this user has no home directory to keep a cache in; set cache_dir or MOE_FX_CACHE_DIR, or cache=False"
 # Longer than any writer takes: a temporary file of this age was left by a process that died.
 _STALE_SECONDS = 3600.0
 
@@ -40,7 +41,10 @@ def default_cache_dir() -> Path:
     """Where entries lie unless the user says otherwise: ``moe_fx`` under the user's cache directory."""
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("moe_fx", appauthor=False))
+    try:
+        return Path(platformdirs.user_cache_dir("moe_fx", appauthor=False))
+    except RuntimeError as error:
+        raise CacheError(_HOMELESS) from error
 
 
 def open_store(options: Options, *, create: bool = True) -> Store:
@@ -95,7 +99,10 @@ class Store:
     """
 
     def __init__(self, cache_dir: str | Path, limit_bytes: int = 1 << 30, *, create: bool = True) -> None:
-        self.folder = Path(cache_dir).expanduser() / f"v{FORMAT}"
+        try:
+            self.folder = Path(cache_dir).expanduser() / f"v{FORMAT}"
+        except RuntimeError as error:
+            raise CacheError(_HOMELESS) from error
         self._limit = limit_bytes
         if create:
             try:
@@ -172,8 +179,9 @@ class Store:
     def evict(self, keep: Path | None = None) -> list[Path]:
         """Drop the least recently used entries beyond the limit (never ``keep``), and what dead writers left."""
         now, total, dropped = time.time(), 0, []
+        # What cannot be dropped stays: there is room for an entry all the same, or writing it has said so.
         for path in self.files():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 size = path.stat().st_size
                 total += size
                 if total > self._limit and path != keep:
@@ -181,7 +189,7 @@ class Store:
                     total -= size
                     dropped.append(path)
         for path in self.folder.glob(f"*{_TEMPORARY}"):
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):
                 if now - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
         return dropped
@@ -240,7 +248,7 @@ class Store:
 def _used(path: Path) -> float:
     try:
         return path.stat().st_mtime
-    except FileNotFoundError:
+    except OSError:
         return 0.0
 
 

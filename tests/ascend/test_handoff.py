@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
+
 import pytest
 
 pytest.importorskip("torch_npu", reason="needs torch_npu over the CANN stand-in; run: make test-ascend")
@@ -13,7 +16,8 @@ from host_cann import ge_interpreter
 from model_cases import build, inputs
 
 from moe_fx import torchair_handoff
-from moe_fx.errors import OptionError
+from moe_fx.errors import OptionError, UnsupportedError
+from moe_fx.lowering.ascend import ge_converters
 
 
 def router(x, w):
@@ -47,20 +51,65 @@ def test_options_reach_the_config_by_name():
         ({"debug.graph_dump.type.deeper": 1}, "that is not a group of options"),
         ({"debug.graph_dump.type": "pdf"}, "downstream_options\\['debug.graph_dump.type'\\] = 'pdf'"),
         ({"mode": "fast"}, "valid modes: ge, npugraph_ex"),
-        ({"gears": {"y": {0: [1, 2]}}}, "names 'y'; the graph's tensor arguments are: x, w"),
         ({"gears": {"x": {0: [1, 2]}}}, "dimension 0 of 'x', which is fixed"),
+        ({"gears": {"x": [1, 2]}}, "give {argument name: {dimension: \\[sizes\\]}}"),
+        ({"gears": [1, 2]}, "give {argument name: {dimension: \\[sizes\\]}}"),
+        ({"gears": {"x": {2: [1, 2]}}}, "names dimension 2; 'x' has 2 dimensions"),
+        ({"gears": {"x": {"0": [1, 2]}}}, "names dimension '0'; 'x' has 2 dimensions"),
         ({"mode": "npugraph_ex", "gears": {"x": {0: [1, 2]}}}, "is for mode='ge'"),
     ],
     ids=str,
 )
 def test_bad_options_teach(options, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(Exception, match=message) as raised:
         compiled(**options)(*operands())
+    assert "OptionError" in f"{type(raised.value).__name__}: {raised.value}"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "npugraph_ex", "max-autotune": False},
+        {"debug": {"graph_dump": {"type": "py"}}, "ge_config.optimization_switch": ""},
+        {"gears": {"y": {0: [1, 2]}}},
+        {"epilogue_fusion": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("device", ["npu", "cpu"])
+def test_auto_leaves_out_the_other_compilers_options(options, device, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = compile_with_report(router, downstream="auto", fullgraph=True, cache=False, downstream_options=options)
+    run(*(operand.to(device) for operand in operands()))
+    assert run.reports[0].downstream == {"npu": "torchair", "cpu": "inductor"}[device]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"no_such": 1}, "names 'no_such', which Inductor's config does not have"),
+        ({"mode": "fast"}, "valid modes: ge, npugraph_ex"),
+        ({"debug": {"no_such": 1}}, "_DebugConfig has graph_dump"),
+    ],
+    ids=str,
+)
+def test_what_auto_leaves_out_is_checked(options, message):
+    run = compile_with_report(router, downstream="auto", fullgraph=True, cache=False, downstream_options=options)
+    with pytest.raises(Exception, match=message):
+        run(*(operand.cpu() for operand in operands()))
 
 
 def test_mode_and_option_must_agree():
     with pytest.raises(OptionError, match="give one of them"):
         torchair_handoff._mode("ge", "npugraph_ex")
+
+
+@pytest.mark.parametrize(("mode", "device"), [("npugraph_ex", "cpu"), ("max-autotune-no-cudagraphs", "npu")])
+def test_auto_leaves_out_the_other_compilers_mode(mode, device):
+    x, w = (operand.to(device) for operand in operands())
+    fn = torch.compile(router, backend="moe_ascend", mode=mode, fullgraph=True)
+    with torch.no_grad():
+        assert torch.allclose(fn(x, w)[0].cpu(), router(x.cpu(), w.cpu())[0])
 
 
 def test_mode_of_torch_compile():
@@ -92,11 +141,53 @@ def test_the_users_passes_run():
 
 
 def test_nothing_is_put_into_torchairs_patterns():
-    from torchair.patterns import pattern_pass_manager
+    from torchair.patterns.pattern_pass_manager import _pattern_manager
 
-    before = {name: repr(value)[:2000] for name, value in vars(pattern_pass_manager).items()}
+    def counts():
+        return {key: len(entries) for key, entries in _pattern_manager().pass_dict.patterns.items()}
+
+    before = counts()
     compiled()(*operands())
-    assert {name: repr(value)[:2000] for name, value in vars(pattern_pass_manager).items()} == before
+    assert counts() == before
+
+
+def registered(monkeypatch, **converters):
+    """``register``'s choice for ops of ``torch.ops.npu``, as if for the first time, with these converters there."""
+    ops = [getattr(torch.ops.npu, name).default for name in converters]
+    for op, converter in zip(ops, converters.values(), strict=True):
+        monkeypatch.setattr(op, "_ge_converter", converter, raising=False)
+    ge_converters.register.__wrapped__()
+    return [op._ge_converter for op in ops]
+
+
+def test_a_users_converter_stays(monkeypatch):
+    def users(*args, **kwargs):
+        pass
+
+    found = registered(monkeypatch, npu_moe_gating_top_k_softmax_v2=users, npu_moe_token_unpermute=users)
+    assert found == [users, users]
+
+
+def test_torchairs_broken_converter_does_not_stay(monkeypatch):
+    def own(*args, **kwargs):
+        pass
+
+    own.__module__ = "torchair._ge_concrete_graph.ge_converter.custom.npu_moe_gating_top_k_softmax_v2"
+    (found,) = registered(monkeypatch, npu_moe_gating_top_k_softmax_v2=own)
+    assert inspect.unwrap(found).__module__ == ge_converters.__name__
+
+
+def test_a_torchair_of_another_shape_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchair._ge_concrete_graph.fx2ge_converter", None)
+    with pytest.raises(UnsupportedError, match="use mode='npugraph_ex', which needs none"):
+        ge_converters.register.__wrapped__()
+
+
+def test_npugraph_ex_compiles_without_converters(monkeypatch):
+    monkeypatch.setattr(ge_converters, "register", lambda: pytest.fail("registered"))
+    fn = torch.compile(lambda x: x + 1, backend="moe_ascend", mode="npugraph_ex", fullgraph=True)
+    with torch.no_grad():
+        fn(torch.randn(4).npu())
 
 
 def test_gears():
@@ -108,6 +199,38 @@ def test_gears():
         assert torch.allclose(weights.cpu(), router(x.cpu(), w.cpu())[0])
     (options,) = ge_interpreter.OPTIONS.values()
     assert sorted(options["ge.dynamicDims"].split(";")) == ["2", "4", "8"]
+
+
+def test_graphs_without_the_argument_have_no_gears():
+    def two_graphs(x, w):
+        y = x @ w
+        torch._dynamo.graph_break()
+        del x
+        return torch.sigmoid(y)
+
+    run = compile_with_report(
+        two_graphs, dynamic=True, downstream="torchair", cache=False, downstream_options={"gears": {"x": {0: [2, 4]}}}
+    )
+    x, w = operands(4)
+    assert torch.allclose(run(x, w).cpu(), torch.sigmoid(x.cpu() @ w.cpu()), atol=1e-5)
+    assert len(run.reports) == 2
+
+
+def test_gears_leave_other_examples_as_they_are():
+    def fn(x, w):
+        return x @ w
+
+    seen = []
+
+    def backend(gm, inputs):
+        seen.append((inputs, torchair_handoff._with_gears(gm, inputs, {"x": {0: [2, 4]}})))
+        return gm.forward
+
+    torch.compile(fn, backend=backend, dynamic=True)(*operands(4))
+    ((examples, marked),) = seen
+    assert [m.dim_gears for m in marked if hasattr(m, "dim_gears")] == [{0: [2, 4]}]
+    assert sum(m is not e for m, e in zip(marked, examples, strict=True)) == 1
+    assert not any(hasattr(e, "dim_gears") for e in examples)
 
 
 def test_a_model_has_one_graph_and_no_break():

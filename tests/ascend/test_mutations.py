@@ -44,35 +44,39 @@ class Torch:
         return getattr(torch, name)
 
 
-def goes_wrong(monkeypatch, module, op, args, kwargs, operator, **changes):
-    """Whether the comparison with the reference fails, or the operator refuses, once the attribute is changed."""
+def goes_wrong(monkeypatch, module, op, args, kwargs, operator, refusal=None, **changes):
+    """Whether the comparison with the reference fails, or an operator refuses in these words, once it is changed."""
     assert difference(op, args, kwargs) == ""
     monkeypatch.setattr(module, "torch", Torch(Namespace(operator, **changes)))
     want = CANONICAL_OPS[op].reference(*args, **kwargs)
-    try:
+    if refusal is None:
         return compare_outputs(op, run(op, args, kwargs), want) != ""
-    except ValueError:
-        return True
+    with pytest.raises(ValueError, match=f"^{refusal}"):
+        run(op, args, kwargs)
+    return True
+
+
+COVER = "npu_grouped_matmul: groups must cover all rows"
 
 
 EXPERTS = [s for s in CANONICAL_OPS["experts"].samples(torch.float32, torch.Generator().manual_seed(0))]
 
 
 @pytest.mark.parametrize(
-    ("operator", "changes"),
+    ("operator", "changes", "refusal"),
     [
-        ("npu_moe_finalize_routing", dict(drop_pad_mode=0)),
-        ("npu_moe_init_routing_v2", dict(row_idx_type=1)),
-        ("npu_moe_init_routing_v2", dict(active_expert_range=[0, 4])),
-        ("npu_moe_init_routing_v2", dict(expert_tokens_num_type=0)),
-        ("npu_moe_init_routing_v2", dict(active_num=3)),
-        ("npu_grouped_matmul", dict(group_list_type=0)),
+        ("npu_moe_finalize_routing", dict(drop_pad_mode=0), None),
+        ("npu_moe_init_routing_v2", dict(row_idx_type=1), None),
+        ("npu_moe_init_routing_v2", dict(active_expert_range=[0, 4]), "npu_grouped_matmul: group_list must count"),
+        ("npu_moe_init_routing_v2", dict(expert_tokens_num_type=0), COVER),
+        ("npu_moe_init_routing_v2", dict(active_num=3), None),
+        ("npu_grouped_matmul", dict(group_list_type=0), COVER),
     ],
     ids=str,
 )
-def test_experts(operator, changes, monkeypatch):
+def test_experts(operator, changes, refusal, monkeypatch):
     sample = next(s for s in EXPERTS if s.name == "silu-T40")
-    assert goes_wrong(monkeypatch, experts, "experts", sample.args, {}, operator, **changes)
+    assert goes_wrong(monkeypatch, experts, "experts", sample.args, {}, operator, refusal, **changes)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,8 @@ def test_clipped_swiglu(changes, monkeypatch):
 @pytest.mark.parametrize(
     "changes",
     [
-        dict(k_group=2), dict(group_count=4), dict(group_select_mode=0), dict(norm_type=0), dict(renorm=1),
+        dict(k_group=2), dict(group_count=4), dict(group_select_mode=0), dict(norm_type=0),
+        dict(renorm=1, refusal="npu_moe_gating_top_k: renorm supports 0 only"),
         dict(bias=None), dict(routed_scaling_factor=1.0), dict(eps=0.5),
     ],
     ids=str,

@@ -113,15 +113,19 @@ def npu_moe_init_routing_v2(
     row_idx_type: int = 0,
     x_dtype: int | None = None,
 ) -> Tensors:
-    """Rows sorted by expert (stably), where each pair went (``row_idx_type`` 0) or came from (1), tokens per expert."""
+    """Rows sorted by expert (stably), where each pair went (``row_idx_type`` 0) or came from (1), tokens per expert.
+
+    Rows from ``active_num`` on are not written: zeros here. ``expert_tokens_num_type`` 0 gives running sums of tokens.
+    """
     name = "npu_moe_init_routing_v2"
     first, last = list(active_expert_range) or (0, expert_num)
     _require(x.dim() == 2 and expert_idx.dim() == 2, name, "x and expert_idx must be of rank 2")
     _require(expert_idx.dtype == torch.int32, name, f"expert_idx must be int32, not {expert_idx.dtype}")
-    _require(active_num <= 0, name, "active_num would drop rows")
     _require(drop_pad_mode == 0, name, "drop_pad_mode supports 0 only")
     _require(
-        expert_tokens_num_type == 1 and expert_tokens_num_flag, name, "token counts must be of type 1 and asked for"
+        expert_tokens_num_type in (0, 1) and expert_tokens_num_flag,
+        name,
+        "only token counts of type 0 or 1 are modelled",
     )
     _require(quant_mode == -1 and offset is None, name, "only quant_mode -1 is modelled")
     _require(scale is None or scale.shape == x.shape[:1], name, "scale must be [T] when nothing is quantised")
@@ -136,8 +140,13 @@ def npu_moe_init_routing_v2(
         row[order] = torch.arange(order.numel())
         row = torch.where(active, row, -1)
     counts = torch.bincount(flat[active] - first, minlength=last - first)
+    if expert_tokens_num_type == 0:
+        counts = counts.cumsum(0)
+    rows = x[order // top_k]
+    if active_num > 0:
+        rows[active_num:] = 0
     expanded_scale = torch.empty(order.numel()) if scale is None else scale[order // top_k].float()
-    return x[order // top_k], row.to(torch.int32), counts, expanded_scale
+    return rows, row.to(torch.int32), counts, expanded_scale
 
 
 def npu_grouped_matmul(
