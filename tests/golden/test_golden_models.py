@@ -15,7 +15,8 @@ def layer_text(name: str, layer: int, implementation: str = "grouped_mm", **opti
     """The nodes that one decoder layer wrote, in the rewritten graph of the whole model."""
     torch._dynamo.reset()
     family = FAMILIES[name]
-    compiled = compile_with_report(family.build(implementation), **options)
+    # A graph from the cache has no rewritten form to show.
+    compiled = compile_with_report(family.build(implementation), cache=False, **options)
     compiled(token_ids(), use_cache=False)
     graph = compiled.reports[0].graph.graph
     lines = graph_text(graph).splitlines()
