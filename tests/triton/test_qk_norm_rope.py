@@ -426,7 +426,7 @@ def test_split_refuses(change: dict[str, Any], message: str) -> None:
         ({"cast": "never"}, "cast='never'"),
         ({"rope": "spiral"}, "rope='spiral'"),
         ({"layout": "sbnd"}, "layout='sbnd'"),
-        ({"q": torch.ones(2, 3, 4, 16).double()}, "q is float64, the kernel takes float32, float16, bfloat16"),
+        ({"q": torch.ones(2, 3, 4, 16).double()}, "q is float64, the kernel takes float32, bfloat16, float16"),
         ({"rope_dtype": torch.float64}, "the rotation is in float64"),
         ({"q": torch.ones(6, 4, 16)}, r"not \[B, S, N, D\]"),
         ({"cos": torch.ones(3, 16)}, r"not \[B, S, R\]"),
