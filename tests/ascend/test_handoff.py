@@ -70,7 +70,7 @@ def test_bad_options_teach(options, message):
     "options",
     [
         {"mode": "npugraph_ex", "max-autotune": False},
-        {"debug": {"graph_dump": {"type": "py"}}, "ge_config.optimization_switch": ""},
+        {"debug": {"graph_dump": {"type": "py"}}},
         {"gears": {"y": {0: [1, 2]}}},
         {"epilogue_fusion": False},
     ],
