@@ -18,6 +18,8 @@ R = TypeVar("R")
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 # Kernels with bf16 and 16-byte asynchronous copies in mind; Triton itself supports little that is older.
 OLDEST_CAPABILITY = (8, 0)
+# The first GPUs with programmatic dependent launch.
+_DEPENDENT_LAUNCH_CAPABILITY = (9, 0)
 # Programs of a looping kernel for each multiprocessor: enough warps to hide latency, few enough to start at once.
 _PROGRAMS_PER_MULTIPROCESSOR = 8
 _INTERPRETED_PROGRAMS = 3
@@ -52,6 +54,16 @@ def programs(tensor: torch.Tensor) -> int:
     if INTERPRETED:
         return _INTERPRETED_PROGRAMS
     return _multiprocessors(_index(tensor.device)) * _PROGRAMS_PER_MULTIPROCESSOR
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Arguments of a launch that may start before the kernel ahead of it has ended; see ``dependent_launch.py``.
+
+    {"PDL": true, "launch_pdl": true} where the GPU has programmatic dependent launch, else {"PDL": false}.
+    """
+    if INTERPRETED or _capability(_index(device)) < _DEPENDENT_LAUNCH_CAPABILITY:
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
 
 
 def on_its_device(launch: Callable[P, R]) -> Callable[P, R]:

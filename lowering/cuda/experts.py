@@ -11,7 +11,7 @@ import torch
 import triton
 
 from moe_fx.lowering.cuda import configs, expert_plan
-from moe_fx.lowering.cuda.device import on_its_device
+from moe_fx.lowering.cuda.device import dependent_launch, on_its_device
 from moe_fx.lowering.cuda.expert_plan import fit, grid, row_stride
 from moe_fx.lowering.cuda.operands import DTYPE_NAMES
 from moe_fx.lowering.ops import experts as canonical
@@ -133,17 +133,20 @@ def experts(
     down = {"H": hidden, "INTER": inter, **_strides("W", w2)}
     h = x.new_empty((n_pairs, inter))
     if n_pairs <= tuned("experts", {"PAIRS": 32})["PAIRS"]:
+        dependent = dependent_launch(x.device)
         launch = tuned("experts_gate_up_pairs", _gate_up_pairs_defaults(x.dtype, across))
         launch |= {"BLOCK_N": fit(launch["BLOCK_N"], inter), "BLOCK_K": fit(launch["BLOCK_K"], hidden)}
         gate_up_pairs_kernel[grid(n_pairs * triton.cdiv(inter, launch["BLOCK_N"]), x)](
             x, weights, ids, of.gate, of.up, of.gate_bias, of.up_bias, h, n_pairs, row_stride(x),
-            E=n_experts, MERGED=of.gated and of.step == 2 and across, **gate_up, **launch,
+            E=n_experts, MERGED=of.gated and of.step == 2 and across, **gate_up, **launch, **dependent,
         )  # fmt: skip
-        launch = tuned("experts_down_pairs", _down_pairs_defaults(x.dtype, w2.stride(1) == 1 and w2.stride(2) != 1))
+        launch = tuned(
+            "experts_down_pairs", _down_pairs_defaults(x.dtype, w2.stride(1) == 1 and w2.stride(2) != 1, fit(8, top_k))
+        )
         launch |= {"BLOCK_S": fit(launch["BLOCK_S"], top_k), "BLOCK_K": fit(launch["BLOCK_K"], inter)}
         down_pairs_kernel[grid(n_tokens * triton.cdiv(hidden, launch["BLOCK_N"]), x)](
             h, weights, ids, w2, b2, y, n_tokens,
-            E=n_experts, TOP_K=top_k, WEIGHT_ON_INPUT=on_input, ASCEND=False, **down, **launch,
+            E=n_experts, TOP_K=top_k, WEIGHT_ON_INPUT=on_input, ASCEND=False, **down, **launch, **dependent,
         )  # fmt: skip
         return y
 
@@ -231,13 +234,13 @@ def _strides(name: str, matrix: torch.Tensor) -> dict[str, int]:
 def _gate_up_pairs_defaults(dtype: torch.dtype, across: bool) -> dict[str, int]:
     if across:
         return {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4}
-    return {"BLOCK_N": 4, "BLOCK_K": 1024 // dtype.itemsize, "num_warps": 2}
+    return {"BLOCK_N": 1, "BLOCK_K": 2048 // dtype.itemsize, "num_warps": 2}
 
 
-def _down_pairs_defaults(dtype: torch.dtype, across: bool) -> dict[str, int]:
+def _down_pairs_defaults(dtype: torch.dtype, across: bool, slots: int) -> dict[str, int]:
     if across:
         return {"BLOCK_S": 4, "BLOCK_N": 16, "BLOCK_K": 128, "num_warps": 8}
-    return {"BLOCK_S": 8, "BLOCK_N": 1, "BLOCK_K": 512 // dtype.itemsize, "num_warps": 1}
+    return {"BLOCK_S": slots, "BLOCK_N": 1, "BLOCK_K": 512 // dtype.itemsize, "num_warps": max(1, slots // 2)}
 
 
 def _tile_rows(dtype: torch.dtype, rows: float) -> int:

@@ -1,6 +1,6 @@
 """Launches fused experts on int4 weights (W4A16): the canonical ``experts_int4`` on CUDA tensors.
 
-Few pairs go through the pairs kernels (two launches), more through tiles (planes of x, sorting, two products, the sum).
+Both ways split x into planes first; few pairs then take two launches, more take tiles (sorting, two products, the sum).
 """
 
 from __future__ import annotations
@@ -11,23 +11,22 @@ import torch
 import triton
 
 from moe_fx.lowering.cuda import configs, expert_plan
-from moe_fx.lowering.cuda.device import on_its_device
+from moe_fx.lowering.cuda.device import dependent_launch, on_its_device
 from moe_fx.lowering.cuda.expert_plan import fit, grid, row_stride
 from moe_fx.lowering.cuda.operands import DTYPE_NAMES
-from moe_fx.lowering.triton.experts_int4 import (
-    down_pairs_int4_kernel,
-    down_tiles_int4_kernel,
-    gate_up_pairs_int4_kernel,
-    gate_up_tiles_int4_kernel,
-    split_planes_kernel,
-)
+from moe_fx.lowering.triton.experts_int4_grouped import down_tiles_int4_kernel, gate_up_tiles_int4_kernel
+from moe_fx.lowering.triton.experts_int4_pairs import down_pairs_int4_kernel, gate_up_pairs_int4_kernel
+from moe_fx.lowering.triton.planes import split_planes_kernel
 
-# Inputs that are scaled together: a power of two that divides a group, and half of it fills a tensor core's step.
+# Words of eight weights that a lane loads, 16 bytes; a group has at least as many.
+_QUAD = 4
+# Inputs of a tile that are scaled together: a power of two that divides a group; half of it fills a tensor core's step.
 _LARGEST_CHUNK = 128
 _LEAST_CHUNK = 32
 # Channels of gate and up among the rows of w13: first of gate, first of up (in units of I), distance.
 _LAYOUTS = {"gate_up": (0, 1, 1), "up_gate": (1, 0, 1), "interleaved": (0, 0, 2), "none": (0, 0, 1)}
-_PLANES_BLOCK = 1024
+# Elements of a plane that a program moves at a time.
+_PLANES_BLOCK = 128
 # The fp32 number 2**23, whose last bit counts ones; see ``nibble``. An argument of the kernels and no constant in them:
 # a GPU's three-way logic instruction takes one constant, and the mask of the nibble is one.
 BIAS_BITS = 0x4B000000
@@ -36,13 +35,8 @@ BIAS_BITS = 0x4B000000
 TUNABLE: dict[str, dict[str, tuple[int, ...]]] = {
     # Up to how many pairs (tokens * k) the kernels for few tokens run.
     "experts_int4": {"PAIRS": (0, 8, 16, 32, 64, 128)},
-    "experts_int4_gate_up_pairs": {"BLOCK_N": (1, 2, 4), "BLOCK_C": (2, 4, 8, 16, 32), "num_warps": (1, 2, 4)},
-    "experts_int4_down_pairs": {
-        "BLOCK_S": (1, 2, 4, 8),
-        "BLOCK_N": (1, 2, 4),
-        "BLOCK_C": (2, 4, 8, 16, 32),
-        "num_warps": (1, 2, 4),
-    },
+    "experts_int4_gate_up_pairs": {"BLOCK_N": (1, 2, 4, 8), "BLOCK_W": (64, 128, 256, 512), "num_warps": (1, 2, 4, 8)},
+    "experts_int4_down_pairs": {"BLOCK_N": (1, 2, 4, 8), "BLOCK_W": (128, 256, 512, 1024), "num_warps": (1, 2, 4, 8)},
     "experts_int4_tiles": {"BLOCK_M": (16, 32, 64, 128)},
     "experts_int4_gate_up_tiles": {
         "BLOCK_N": (32, 64, 128),
@@ -102,10 +96,7 @@ def experts_int4(
     def tuned(kernel: str, defaults: dict[str, int]) -> dict[str, int]:
         return configs.lookup(kernel, variant, n_tokens, defaults, x.device)
 
-    few = n_pairs <= tuned("experts_int4", {"PAIRS": 32})["PAIRS"]
-    # Without tensor cores, a larger chunk of a tile would not fit the registers.
-    largest = _LARGEST_CHUNK if few or x.dtype != torch.float32 else _LEAST_CHUNK
-    chunk13, chunk2 = math.gcd(group13, largest), math.gcd(group2, largest)
+    few = n_pairs <= tuned("experts_int4", {"PAIRS": 128})["PAIRS"]
     gate_at, up_at, step = _LAYOUTS[layout]
     gate_up = {
         "alpha": alpha,
@@ -121,42 +112,34 @@ def experts_int4(
         "GATED": layout != "none",
         "ACT": act,
         "HAS_LIMIT": limit is not None,
-        "CHUNK": chunk13,
-        "SHARE": group13 // chunk13,
     }
-    down = {
-        "H": hidden,
-        "INTER": inter,
-        **_strides(w2, w2_scale, w2_zero),
-        "CHUNK": chunk2,
-        "SHARE": group2 // chunk2,
-    }
+    down = {"H": hidden, "INTER": inter, **_strides(w2, w2_scale, w2_zero)}
     h = x.new_empty((n_pairs, inter))
     if few:
-        # A lane reads 16 bytes, a warp 1024 inputs.
-        defaults = {"BLOCK_N": 2, "BLOCK_C": 1024 // chunk13, "num_warps": 1}
-        launch = tuned("experts_int4_gate_up_pairs", defaults)
-        launch |= {"BLOCK_C": fit(launch["BLOCK_C"], hidden // chunk13)}
+        dependent = dependent_launch(x.device)
+        planes = _planes(x, 8, dependent)
+        gate_up |= {**_word_strides(w13), "GROUP": group13, "QUAD": _QUAD}
+        launch = tuned("experts_int4_gate_up_pairs", {"BLOCK_N": 4, "BLOCK_W": 32 * _QUAD, "num_warps": 1})
+        launch |= {"BLOCK_W": fit(launch["BLOCK_W"], hidden // 8, _QUAD)}
         gate_up_pairs_int4_kernel[grid(n_pairs * triton.cdiv(inter, launch["BLOCK_N"]), x)](
-            _words(x), ids, w13.view(torch.int32), w13_scale, w13_zero, b13, h, n_pairs, BIAS_BITS,
-            E=n_experts, ASCEND=False, **{**gate_up, **_word_strides(w13)}, **launch,
+            planes, ids, w13.view(torch.int32), w13_scale, w13_zero, b13, h, n_pairs, BIAS_BITS,
+            E=n_experts, ASCEND=False, **gate_up, **launch, **dependent,
         )  # fmt: skip
-        defaults = {"BLOCK_S": 2, "BLOCK_N": 2, "BLOCK_C": 1024 // chunk2, "num_warps": 1}
-        launch = tuned("experts_int4_down_pairs", defaults)
-        launch |= {"BLOCK_S": fit(launch["BLOCK_S"], top_k), "BLOCK_C": fit(launch["BLOCK_C"], inter // chunk2)}
+        down |= {**_word_strides(w2), "GROUP": group2, "QUAD": _QUAD}
+        launch = tuned("experts_int4_down_pairs", {"BLOCK_N": 8, "BLOCK_W": 64 * _QUAD, "num_warps": 2})
+        launch |= {"BLOCK_W": fit(launch["BLOCK_W"], top_k * inter // 8, _QUAD)}
         down_pairs_int4_kernel[grid(n_tokens * triton.cdiv(hidden, launch["BLOCK_N"]), x)](
-            _words(h), weights, ids, w2.view(torch.int32), w2_scale, w2_zero, b2, y, n_tokens, BIAS_BITS,
-            E=n_experts, TOP_K=top_k, MODEL=DTYPE_NAMES[x.dtype], ASCEND=False,
-            **{**down, **_word_strides(w2)}, **launch,
+            h, weights, ids, w2.view(torch.int32), w2_scale, w2_zero, b2, y, n_tokens, BIAS_BITS,
+            E=n_experts, TOP_K=top_k, ASCEND=False, **down, **launch, **dependent,
         )  # fmt: skip
         return y
 
-    x = expert_plan.dense_rows(x)
-    planes = x.new_empty((n_tokens, hidden))
-    block = fit(_PLANES_BLOCK, hidden // 2)
-    split_planes_kernel[grid(n_tokens * triton.cdiv(hidden // 2, block), x)](
-        x, planes, n_tokens, row_stride(x), K=hidden, BLOCK=block, num_warps=4
-    )
+    # Without tensor cores, a larger chunk of a tile would not fit the registers.
+    largest = _LEAST_CHUNK if x.dtype == torch.float32 else _LARGEST_CHUNK
+    for of, group in ((gate_up, group13), (down, group2)):
+        chunk = math.gcd(group, largest)
+        of |= {"CHUNK": chunk, "SHARE": group // chunk}
+    planes = _planes(x, 2, {"PDL": False})
     block_m = tuned("experts_int4_tiles", {"BLOCK_M": _tile_rows(x.dtype, n_pairs / n_experts)})["BLOCK_M"]
     tiles = expert_plan.sort_pairs(ids, n_experts, block_m)
     launch = tuned("experts_int4_gate_up_tiles", _tiles_defaults(x.dtype, block_m))
@@ -233,14 +216,16 @@ def experts_int4_refusal(
     return reason or expert_plan.too_wide(w13=w13, w2=w2, **scales)
 
 
-def _words(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, K] as dense words of two elements [n, K / 2]; copied when they lie otherwise or start amid a word."""
-    rows = rows.contiguous()
-    if rows.storage_offset() % 2:
-        rows = rows.clone()
-    # A single row counts as contiguous whatever its stride is.
-    rows = rows.as_strided(rows.shape, (rows.shape[1], 1))
-    return rows.view(torch.int64 if rows.dtype == torch.float32 else torch.int32)
+def _planes(x: torch.Tensor, planes: int, dependent: dict[str, bool]) -> torch.Tensor:
+    """Rows [n, K] as [n, planes, K / planes]; see ``split_planes_kernel``."""
+    x = expert_plan.dense_rows(x)
+    n_rows, width = x.shape
+    result = x.new_empty((n_rows, planes, width // planes))
+    block = fit(_PLANES_BLOCK, width // planes)
+    split_planes_kernel[grid(n_rows * triton.cdiv(width // planes, block), x)](
+        x, result, n_rows, row_stride(x), K=width, PLANES=planes, BLOCK=block, num_warps=4, **dependent
+    )
+    return result
 
 
 def _word_strides(packed: torch.Tensor) -> dict[str, int]:

@@ -67,8 +67,7 @@ def route(
     block_g, block_s = _blocks(n_experts, n_group)
     if renormalize == "eps" and not eps:
         renormalize = "sum"
-    places = block_g * block_s
-    launch = configs.lookup("gating", f"E{places}", n_tokens, _defaults(n_tokens, places), logits.device)
+    launch = configs.lookup("gating", f"E{block_g * block_s}", n_tokens, _defaults(n_tokens), logits.device)
     rows = near(rows, launch["BLOCK_T"])
     n_blocks = triton.cdiv(n_tokens, launch["BLOCK_T"])
     gating_kernel[(min(n_blocks, device.programs(logits) * launch["WAVES"]),)](
@@ -100,6 +99,7 @@ def route(
         BLOCK_G=block_g,
         BLOCK_S=block_s,
         BLOCK_K=triton.next_power_of_2(top_k),
+        NARROW=logits.dtype == torch.bfloat16 and not scored and not biased and score_dtype != torch.float16,
         ASCEND=False,
         num_warps=launch["num_warps"],
     )
@@ -183,11 +183,11 @@ def _blocks(n_experts: int, n_group: int) -> tuple[int, int]:
     return triton.next_power_of_2(n_group), triton.next_power_of_2(n_experts // n_group)
 
 
-def _defaults(n_tokens: int, places: int) -> dict[str, int]:
-    """A warp to a token while tokens are few; then as many tokens a program as give each thread enough to do."""
-    if n_tokens <= 512:
-        return {"BLOCK_T": 1, "WAVES": 4, "num_warps": 1}
-    return {"BLOCK_T": max(1, min(8, 1024 // places)), "WAVES": 2, "num_warps": 4}
+def _defaults(n_tokens: int) -> dict[str, int]:
+    """A warp to a token: a warp reduces 32-bit integers in one instruction."""
+    if n_tokens <= 64:
+        return {"BLOCK_T": 1, "WAVES": 2, "num_warps": 1}
+    return {"BLOCK_T": 2, "WAVES": 8, "num_warps": 2}
 
 
 @functools.cache

@@ -5,13 +5,15 @@ over a token's pairs included. Such calls are bound by reading weights, so produ
 tensor core, no padding to a tile of tokens, and what a block holds is reduced once, after its last step along K.
 
 On CUDA a block should be BLOCK_K = 32 lanes * 16 bytes * num_warps wide: then weights and activations have one layout,
-loads are 16 bytes a lane, and no shared memory or barrier comes between them.
+loads are 16 bytes a lane, and no shared memory or barrier comes between them. With PDL, the second kernel reads its
+first weights while the first one ends.
 """
 
 import triton
 import triton.language as tl
 
 from .activation import activate
+from .dependent_launch import allow_dependents, wait_for_inputs
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
@@ -49,6 +51,7 @@ def gate_up_pairs_kernel(
     MERGED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """h[pair, i] = activation(gate, up) of the pair's token and expert; rows of pairs without an expert stay unwritten.
 
@@ -59,8 +62,11 @@ def gate_up_pairs_kernel(
             with the same rows, experts B_E apart.
         h: [n_pairs, I] in the model's dtype.
         GATED: false leaves w_up unread. MERGED: gate and up alternate in memory (STEP 2) and are read as one block.
+        PDL: launched while what made x, weights or ids may still run; the next kernel is launched so, too.
     """
     model = h.dtype.element_ty
+    wait_for_inputs(PDL)
+    allow_dependents(PDL)
     N_BLOCKS: tl.constexpr = (INTER + BLOCK_N - 1) // BLOCK_N
     ROWS: tl.constexpr = 2 * BLOCK_N if MERGED else BLOCK_N
     for item in range(tl.program_id(0), n_pairs * N_BLOCKS, tl.num_programs(0)):
@@ -141,6 +147,7 @@ def down_pairs_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ASCEND: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """y[t] = sum over t's pairs of weight * (w2 of the pair's expert @ h[pair] + b2), BLOCK_S pairs at a time.
 
@@ -150,36 +157,37 @@ def down_pairs_kernel(
         y: [T, H]; each pair's result is rounded to the model's dtype and, weighted, to the dtype that weights and model
             share, as the reference does; the sum is taken in fp32.
         WEIGHT_ON_INPUT: the weights were applied before gate and up.
+        PDL: what made h is still running; it began after all that made the other operands had ended.
     """
     model = h.dtype.element_ty
     N_BLOCKS: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     for item in range(tl.program_id(0), n_tokens * N_BLOCKS, tl.num_programs(0)):
         token = item // N_BLOCKS
-        first = (item % N_BLOCKS) * BLOCK_N
-        channel = first + tl.arange(0, BLOCK_N)
-        n = first + tl.arange(0, BLOCK_N)[None, :, None]
+        channel = (item % N_BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = channel[:, None, None]
         k = tl.arange(0, BLOCK_K)[None, None, :]
         total = tl.zeros([BLOCK_N], dtype=tl.float32)
-        for slot in range(0, TOP_K, BLOCK_S):
+        for first in range(0, TOP_K, BLOCK_S):
             if ASCEND:
                 # One pair at a time, as scalars: the vector unit has no 64-bit offsets.
                 tl.static_assert(BLOCK_S == 1, "several pairs at a time need 64-bit vectors")
-                pair = token * TOP_K + slot
+                pair = token * TOP_K + first
                 expert = tl.load(ids + pair)
             else:
-                slots = slot + tl.arange(0, BLOCK_S)[:, None, None]
-                pair = token * TOP_K + slots
-                expert = tl.load(ids + pair, mask=slots < TOP_K, other=-1)
+                slot = first + tl.arange(0, BLOCK_S)[None, :, None]
+                pair = token * TOP_K + slot
+                expert = tl.load(ids + pair, mask=slot < TOP_K, other=-1)
             valid = (expert >= 0) & (expert < E)
             expert = tl.where(valid, expert, 0).to(tl.int64)
             row = h + pair.to(tl.int64) * INTER
             matrix = w2 + expert * W_E + n * W_N
-            sums = tl.zeros([BLOCK_S, BLOCK_N, BLOCK_K], dtype=tl.float32)
+            sums = tl.zeros([BLOCK_N, BLOCK_S, BLOCK_K], dtype=tl.float32)
             for start in range(0, INTER, BLOCK_K):
                 mask = (start + k < INTER) & valid
+                part_of_w2 = tl.load(matrix + (start + k) * W_K, mask=(n < H) & mask, other=0.0)
+                wait_for_inputs(PDL)
                 part = tl.load(row + start + k, mask=mask, other=0.0).to(tl.float32)
-                mask = (n < H) & mask
-                sums += part * tl.load(matrix + (start + k) * W_K, mask=mask, other=0.0).to(tl.float32)
+                sums += part * part_of_w2.to(tl.float32)
             out = tl.sum(sums, axis=2, keep_dims=True).to(model).to(tl.float32)
             if b2 is not None:
                 out += tl.load(b2 + expert * H + n, mask=(n < H) & valid, other=0.0).to(tl.float32)
@@ -188,7 +196,7 @@ def down_pairs_kernel(
                 out = out * tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)
                 if weights.dtype.element_ty == model:
                     out = out.to(model).to(tl.float32)
-            total += tl.sum(tl.sum(out, axis=2), axis=0)
+            total += tl.sum(tl.sum(out, axis=2), axis=1)
         if weights.dtype.element_ty == model:
             total = total.to(model).to(tl.float32)
         tl.store(y + token.to(tl.int64) * H + channel, total.to(y.dtype.element_ty), mask=channel < H)

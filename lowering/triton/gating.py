@@ -1,11 +1,12 @@
 """Gating: router logits to the ids and weights of each token's experts, one block of tokens at a time.
 
 What ``lowering/ops/route.py`` means, fp32 inside. Selection is exact: equal choices go to the lowest id, NaN is above
-everything, and a token's ids are always distinct and in range. Two forms of it:
+everything, and a token's ids are always distinct and in range. A round finds the best key, then the lowest id that
+holds it; keys are of one of two forms:
 
-* integers (CUDA): choice and id in one int64 key, so the best key names its expert. A float that the compiler computes
-  once for the maximum and once more, rounded otherwise, for the search of its position is never found again.
-* floats (ASCEND): maximum, then the lowest id that holds it; the vector unit has no 64-bit integers. NaN counts as inf.
+* integers (CUDA): a warp reduces 32-bit integers in one instruction. A float that the compiler computes once for the
+  maximum and once more, rounded otherwise, for the search of its position would never be found again.
+* floats (ASCEND): the vector unit compares integers one by one. NaN counts as inf.
 """
 
 import triton
@@ -15,7 +16,7 @@ from .activation import sigmoid
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _INT_MAX = tl.constexpr(0x7FFFFFFF)
-_KEY_MIN = tl.constexpr(-0x8000000000000000)
+_INT_MIN = tl.constexpr(-0x80000000)
 
 
 @triton.jit
@@ -68,8 +69,8 @@ def score_of(z, SCORE: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def sort_keys(x, ids, ASCEND: tl.constexpr):
-    """Keys in the order of ``x``, equal ones by id, NaN above all; what ``drop`` puts in their place is below all."""
+def sort_keys(x, ASCEND: tl.constexpr):
+    """Keys in the order of ``x``, NaN above all; what ``drop`` puts in their place is below all."""
     if ASCEND:
         x = tl.where(x == x, x, float("inf"))
         keys = tl.where(x < _LOWEST, _LOWEST, x)
@@ -77,29 +78,38 @@ def sort_keys(x, ids, ASCEND: tl.constexpr):
         x = tl.where(x == 0.0, 0.0, x)  # -0.0 equals 0.0, yet has other bits
         bits = x.to(tl.int32, bitcast=True)
         bits = bits ^ ((bits >> 31) & _INT_MAX)
-        bits = tl.where(x == x, bits, _INT_MAX)
-        keys = (bits.to(tl.int64) << 32) | (ids ^ _INT_MAX).to(tl.int64)
+        keys = tl.where(x == x, bits, _INT_MAX)
     return keys
 
 
 @triton.jit
 def best(keys, ids, AXIS: tl.constexpr, ASCEND: tl.constexpr):
-    """Value and id of the best key along an axis, which stays with size 1."""
+    """Value and id of the best key along an axis, which stays with size 1: of equal ones, that of the lowest id."""
     top = tl.max(keys, axis=AXIS, keep_dims=True)
-    if ASCEND:
-        value = top
-        id = tl.min(tl.where(keys == top, ids, _INT_MAX), axis=AXIS, keep_dims=True)
-    else:
-        id = top.to(tl.int32) ^ _INT_MAX
-        bits = (top >> 32).to(tl.int32)
-        value = (bits ^ ((bits >> 31) & _INT_MAX)).to(tl.float32, bitcast=True)
-    return value, id
+    id = tl.min(tl.where(keys == top, ids, _INT_MAX), axis=AXIS, keep_dims=True)
+    if not ASCEND:
+        top = (top ^ ((top >> 31) & _INT_MAX)).to(tl.float32, bitcast=True)
+    return top, id
+
+
+@triton.jit
+def narrow_keys(keys, ids):
+    """Keys of bf16 values, whose upper halves tell them apart, with the ids in the lower ones, the lowest on top."""
+    return (keys & -0x10000) | (0xFFFF - ids)
+
+
+@triton.jit
+def best_narrow(keys, AXIS: tl.constexpr):
+    """As ``best``, of ``narrow_keys``: a single reduction."""
+    top = tl.max(keys, axis=AXIS, keep_dims=True)
+    id = 0xFFFF - (top & 0xFFFF)
+    return ((top ^ ((top >> 31) & _INT_MAX)) & -0x10000).to(tl.float32, bitcast=True), id
 
 
 @triton.jit
 def drop(keys, dropped, ASCEND: tl.constexpr):
     """Keys without those that are ``dropped``."""
-    return tl.where(dropped, float("-inf") if ASCEND else _KEY_MIN, keys)
+    return tl.where(dropped, float("-inf") if ASCEND else _INT_MIN, keys)
 
 
 @triton.jit
@@ -120,14 +130,14 @@ def limit_to_groups(
     choice = tl.reshape(choice, [BLOCK_T, BLOCK_G, BLOCK_S])
     place = tl.arange(0, BLOCK_S)[None, None, :]
     group = tl.arange(0, BLOCK_G)[None, :, None]
-    keys = sort_keys(choice, place, ASCEND)
+    keys = sort_keys(choice, ASCEND)
     if BLOCK_S != GROUP_SIZE:
         keys = drop(keys, place.to(tl.float32) >= GROUP_SIZE, ASCEND)
     group_score, first = best(keys, place, 2, ASCEND)
     if BY_TOP2:
         second, _ = best(drop(keys, place == first, ASCEND), place, 2, ASCEND)
         group_score = round_to(group_score + second, CHOICE_DTYPE)
-    group_keys = sort_keys(group_score, group, ASCEND)
+    group_keys = sort_keys(group_score, ASCEND)
     if BLOCK_G != N_GROUP:
         group_keys = drop(group_keys, group.to(tl.float32) >= N_GROUP, ASCEND)
     limited = tl.full([BLOCK_T, BLOCK_G, BLOCK_S], FILL, tl.float32)
@@ -168,6 +178,7 @@ def gating_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    NARROW: tl.constexpr,
     ASCEND: tl.constexpr,
 ):
     """weights [n_tokens, TOP_K] and ids [n_tokens, TOP_K] int32 (both dense) of logits [n_tokens, E].
@@ -182,13 +193,19 @@ def gating_kernel(
         RENORMALIZE: "none", "sum", "eps" (sum + eps), "clamp" (max(sum, eps)).
         *_DTYPE: "fp32", "bf16" or "fp16": where the model's arithmetic rounds.
         BLOCK_G, BLOCK_S, BLOCK_K: powers of two that hold N_GROUP, a group's experts and TOP_K.
+        NARROW: what is selected on is exact in bf16, which fits a key together with an id. Not for ASCEND.
     """
     BLOCK_E: tl.constexpr = BLOCK_G * BLOCK_S
     GROUP_SIZE: tl.constexpr = E // N_GROUP
-    # Experts lie in groups padded to BLOCK_S places. What is no power of two is loaded in three dimensions: computed
-    # addresses and remainders are scalar work on Ascend, and so are comparisons of integers.
+    # The sum of all exponentials cancels where the chosen ones are divided by theirs, unless rounding comes between.
+    CANCELS: tl.constexpr = (SCORE == "softmax" and WEIGHT_DTYPE == "fp32") and (
+        RENORMALIZE == "sum" and not (AFTER or SCORED)
+    )
+    # Experts lie in groups padded to BLOCK_S places. What is no power of two is loaded in three dimensions on Ascend:
+    # computed addresses and remainders are scalar work there, and so are comparisons of integers.
     PADDED_GROUPS: tl.constexpr = N_GROUP > 1 and BLOCK_E != E
-    if PADDED_GROUPS:
+    IN_THREE_DIMENSIONS: tl.constexpr = PADDED_GROUPS and ASCEND
+    if IN_THREE_DIMENSIONS:
         group = tl.arange(0, BLOCK_G)[None, :, None]
         place = tl.arange(0, BLOCK_S)[None, None, :]
         address = group * GROUP_SIZE + place
@@ -197,6 +214,13 @@ def gating_kernel(
         outside = tl.reshape(tl.where(among_e, 0.0, 1.0), [1, BLOCK_E]) > 0.0
         # The places beyond a group would name the next one's experts.
         expert = tl.where(outside, -1, tl.reshape(address, [1, BLOCK_E]))
+    elif PADDED_GROUPS:
+        group = tl.arange(0, BLOCK_E)[None, :] // BLOCK_S
+        place = tl.arange(0, BLOCK_E)[None, :] % BLOCK_S
+        address = group * GROUP_SIZE + place
+        real = (group < N_GROUP) & (place < GROUP_SIZE)
+        outside = (group >= N_GROUP) | (place >= GROUP_SIZE)
+        expert = tl.where(outside, -1, address)
     else:
         expert = tl.arange(0, BLOCK_E)[None, :]
         address = expert
@@ -214,7 +238,7 @@ def gating_kernel(
         token = tl.arange(0, BLOCK_T)[:, None]
         live = token < n_tokens - first
         here = logits + tl.cast(first, tl.int64) * stride_t
-        if PADDED_GROUPS:
+        if IN_THREE_DIMENSIONS:
             here += token[:, :, None] * stride_t + address * stride_e
             z = tl.reshape(tl.load(here, mask=live[:, :, None] & real, other=float("-inf")), [BLOCK_T, BLOCK_E])
         else:
@@ -222,7 +246,7 @@ def gating_kernel(
             z = tl.load(here, mask=live & real, other=float("-inf"))
         z = z.to(tl.float32)
         z = round_to(z, SCORE_DTYPE)
-        if SCORE == "softmax" and not AFTER:
+        if SCORE == "softmax" and not (AFTER or CANCELS):
             top = tl.max(z, axis=1, keep_dims=True)
             exponential = tl.exp(z - top)
             total = tl.sum(exponential, axis=1, keep_dims=True)
@@ -236,14 +260,19 @@ def gating_kernel(
             choice = limit_to_groups(
                 choice, N_GROUP, TOPK_GROUP, GROUP_SIZE, BLOCK_T, BLOCK_G, BLOCK_S, CHOICE_DTYPE, BY_TOP2, FILL, ASCEND
             )
-        keys = sort_keys(choice, expert, ASCEND)
+        keys = sort_keys(choice, ASCEND)
+        if NARROW:
+            keys = narrow_keys(keys, expert)
         if BLOCK_E != E:
             keys = drop(keys, outside, ASCEND)
 
         chosen = tl.zeros([BLOCK_T, BLOCK_K], tl.int32)
         w = tl.zeros([BLOCK_T, BLOCK_K], tl.float32)
         for j in range(TOP_K):
-            value, id = best(keys, expert, 1, ASCEND)
+            if NARROW:
+                value, id = best_narrow(keys, 1)
+            else:
+                value, id = best(keys, expert, 1, ASCEND)
             is_it = expert == id
             keys = drop(keys, is_it, ASCEND)
             if SOURCE == "base":
@@ -254,16 +283,19 @@ def gating_kernel(
             chosen = tl.where(nth == j, id, chosen)
 
         if SCORE == "softmax":
-            if AFTER:
+            if AFTER or CANCELS:
                 if BLOCK_K != TOP_K:
                     w = tl.where(among_k, w, float("-inf"))
                 w = tl.exp(w - tl.max(w, axis=1, keep_dims=True))
+            if AFTER:
                 w = round_to(w / tl.sum(w, axis=1, keep_dims=True), WEIGHT_DTYPE)
+            elif CANCELS:
+                w = w / tl.sum(w, axis=1, keep_dims=True)
             elif not SCORED:
                 w = round_to(tl.exp(w - top) / total, WEIGHT_DTYPE)
         elif not SCORED:
             w = score_of(w, SCORE, WEIGHT_DTYPE)
-        if RENORMALIZE != "none":
+        if RENORMALIZE != "none" and not CANCELS:
             if BLOCK_K != TOP_K:
                 w = tl.where(among_k, w, 0.0)
             summed = round_to(tl.sum(w, axis=1, keep_dims=True), WEIGHT_DTYPE)

@@ -212,6 +212,18 @@ def _rotate_heads(
 
     for block in range(BLOCKS):
         heads = (first_block + block) * BLOCK + tl.arange(0, BLOCK)[:, None]
+        weight_rows = heads if FULL else only_row
+        # Ahead of the sum of squares, which waits for the heads: these loads need not wait with it.
+        if weight is not None:
+            by_first, by_second, by_rest = _load_parts(
+                weight, weight_rows * D, weight_rows, WEIGHT_ROWS, WEIGHT_BLOCK, D, ROTARY, BLOCK_HALF, BLOCK_REST,
+                INTERLEAVED_IN,
+            )  # fmt: skip
+        if bias is not None:
+            add_first, add_second, add_rest = _load_parts(
+                bias, weight_rows * D, weight_rows, WEIGHT_ROWS, WEIGHT_BLOCK, D, ROTARY, BLOCK_HALF, BLOCK_REST,
+                INTERLEAVED_IN,
+            )  # fmt: skip
         first, second, rest, squares = _load_heads(
             x, x_stride, heads, HEADS, BLOCK, D, ROTARY, BLOCK_HALF, BLOCK_REST, INTERLEAVED_IN, ASCEND
         )
@@ -220,35 +232,10 @@ def _rotate_heads(
         first, second, rest = first * scale, second * scale, rest * scale
         if CAST == "before":
             first, second, rest = _rounded_parts(first, second, rest, X_DTYPE)
-        weight_rows = heads if FULL else only_row
         if weight is not None:
-            by_first, by_second, by_rest = _load_parts(
-                weight,
-                weight_rows * D,
-                weight_rows,
-                WEIGHT_ROWS,
-                WEIGHT_BLOCK,
-                D,
-                ROTARY,
-                BLOCK_HALF,
-                BLOCK_REST,
-                INTERLEAVED_IN,
-            )
             first, second, rest = first * (by_first + OFFSET), second * (by_second + OFFSET), rest * (by_rest + OFFSET)
         first, second, rest = _rounded_parts(first, second, rest, WEIGHTED_DTYPE)
         if bias is not None:
-            add_first, add_second, add_rest = _load_parts(
-                bias,
-                weight_rows * D,
-                weight_rows,
-                WEIGHT_ROWS,
-                WEIGHT_BLOCK,
-                D,
-                ROTARY,
-                BLOCK_HALF,
-                BLOCK_REST,
-                INTERLEAVED_IN,
-            )
             first, second, rest = _rounded_parts(first + add_first, second + add_second, rest + add_rest, NORMED_DTYPE)
 
         # The rest passes through as the norm left it.

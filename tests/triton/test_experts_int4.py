@@ -18,8 +18,8 @@ PATHS = ("pairs", "grouped")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Small enough for several blocks along every dimension, large enough for the interpreter.
 BLOCKS = {
-    "experts_int4_gate_up_pairs": {"BLOCK_N": 32, "BLOCK_C": 2},
-    "experts_int4_down_pairs": {"BLOCK_S": 2, "BLOCK_N": 64, "BLOCK_C": 2},
+    "experts_int4_gate_up_pairs": {"BLOCK_N": 32, "BLOCK_W": 8},
+    "experts_int4_down_pairs": {"BLOCK_N": 64, "BLOCK_W": 8},
     "experts_int4_tiles": {"BLOCK_M": 16},
     "experts_int4_gate_up_tiles": {"BLOCK_N": 32, "GROUP": 2},
     "experts_int4_down_tiles": {"BLOCK_N": 32, "GROUP": 2},

@@ -25,7 +25,7 @@ class FloatForm:
     def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
         def launch(*args: Any, **constants: Any) -> None:
             source = "choice" if constants["SOURCE"] == "value" else constants["SOURCE"]
-            KERNEL[grid](*args, **{**constants, "ASCEND": True, "SOURCE": source})
+            KERNEL[grid](*args, **{**constants, "NARROW": False, "ASCEND": True, "SOURCE": source})
 
         return launch
 
@@ -109,7 +109,7 @@ def test_samples(name: str, dtype: torch.dtype) -> None:
             continue
         logits, bias = (None if each is None else on_device(each) for each in sample.args)
         # More tokens than programs, and than fill a block.
-        logits = untied(logits[:14])
+        logits = on_device(untied(logits[:14]))
         assert gating.route_refusal(logits, bias, **sample.kwargs) is None
         given = gating.route(logits, bias, **sample.kwargs)
         assert_same(given, ROUTE.reference(logits, bias, **sample.kwargs), dtype)
@@ -299,6 +299,21 @@ def test_blocks_of_tokens(block_t: int, form: str) -> None:
     bias = on_device(torch.rand(40))
     with configs.forced({"gating": {"BLOCK_T": block_t, "WAVES": 1, "num_warps": 4}}):
         assert_same(gating.route(logits, bias, **kwargs), ROUTE.reference(logits, bias, **kwargs), torch.float32)
+
+
+@gpu_only
+@pytest.mark.parametrize("num_warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("block_t", [1, 2, 4, 8])
+@pytest.mark.parametrize(("n_experts", "n_group"), [(40, 8), (15, 3), (128, 1), (256, 8), (160, 8), (512, 1)])
+def test_any_launch_parameters(n_experts: int, n_group: int, block_t: int, num_warps: int) -> None:
+    """A result must not depend on how tokens and places are spread over threads."""
+    logits = on_device(untied(torch.empty(3 * block_t + 1, n_experts)))
+    bias = on_device(torch.rand(n_experts))
+    kwargs = dict(top_k=6, n_group=n_group, topk_group=(n_group + 1) // 2, score="sigmoid", group_score="top2sum")
+    wanted = ROUTE.reference(logits, bias, **kwargs)
+    with configs.forced({"gating": {"BLOCK_T": block_t, "WAVES": 1, "num_warps": num_warps}}):
+        for _ in range(5):
+            assert_same(gating.route(logits, bias, **kwargs), wanted, torch.float32)
 
 
 @gpu_only

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, assert_close_to_reference, assert_within, gpu_only
+from kernel_checks import DEVICE, assert_close_to_reference, assert_within, gpu_only, on_device
 from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -256,7 +256,7 @@ def test_nothing_is_written_outside_of_the_results(whole_tokens: None, monkeypat
         memory.append(torch.full((size + 64,), 7.0, dtype=dtype, device=device))
         return memory[-1][32:-32].view(shape)
 
-    args = operands(heads=(3, 1), dim=24, rotary=12)
+    args = tuple(map(on_device, operands(heads=(3, 1), dim=24, rotary=12)))
     monkeypatch.setattr(launcher.torch, "empty", cut)
     check(args)
     assert len(memory) == 2

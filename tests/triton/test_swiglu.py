@@ -27,7 +27,8 @@ def check(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 def quantise(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """As ``experts_int8`` with ``dynamic_activations`` quantises what enters its second projection."""
-    scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / 127
+    # By a number, torch divides on a GPU with its reciprocal, which is not exact.
+    scale = rows.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / torch.tensor(127.0, device=rows.device)
     return (rows / scale).round().clamp(-127, 127).to(torch.int8), scale.squeeze(-1)
 
 

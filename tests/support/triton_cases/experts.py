@@ -90,10 +90,10 @@ def _pairs(model: _Model) -> list[Case]:
         **_ACTIVATION,
     }
     given = {"E": model.experts, **model.gate_up}
-    blocks, warps = ((32, 64), 4) if model.gpt_oss else ((4, 512), 2)
-    up = {**given, "MERGED": model.gpt_oss, "BLOCK_N": blocks[0], "BLOCK_K": blocks[1]}
+    blocks, warps = ((32, 64), 4) if model.gpt_oss else ((1, 1024), 2)
+    up = {**given, "MERGED": model.gpt_oss, "BLOCK_N": blocks[0], "BLOCK_K": blocks[1], "PDL": True}
     ascend_blocks = (16, 32) if model.gpt_oss else (8, 512)
-    apart = {**given, "MERGED": False, "BLOCK_N": ascend_blocks[0], "BLOCK_K": ascend_blocks[1]}
+    apart = {**given, "MERGED": False, "BLOCK_N": ascend_blocks[0], "BLOCK_K": ascend_blocks[1], "PDL": False}
 
     down_kernel = "experts_pairs:down_pairs_kernel"
     down_types = {
@@ -103,9 +103,16 @@ def _pairs(model: _Model) -> list[Case]:
         "n_tokens": "i32",
     }
     given = {"E": model.experts, "TOP_K": model.top_k, "WEIGHT_ON_INPUT": False, **model.down}
-    blocks, down_warps = ((4, 16, 128), 8) if model.gpt_oss else ((8, 1, 256), 1)
-    down = {**given, "ASCEND": False, **dict(zip(("BLOCK_S", "BLOCK_N", "BLOCK_K"), blocks, strict=True))}
-    alone = {**given, "ASCEND": True, "BLOCK_S": 1, "BLOCK_N": ascend_blocks[0], "BLOCK_K": ascend_blocks[1]}
+    blocks, down_warps = ((4, 16, 128), 8) if model.gpt_oss else ((8, 1, 256), 4)
+    down = {**given, "ASCEND": False, "PDL": True, **dict(zip(("BLOCK_S", "BLOCK_N", "BLOCK_K"), blocks, strict=True))}
+    alone = {
+        **given,
+        "ASCEND": True,
+        "PDL": False,
+        "BLOCK_S": 1,
+        "BLOCK_N": ascend_blocks[0],
+        "BLOCK_K": ascend_blocks[1],
+    }
     return [
         _case(f"experts_gate_up_pairs-{model.name}", kernel, types, up, num_warps=warps, cuda_only=_SPLIT),
         _case(f"experts_gate_up_pairs-{model.name}-ascend", kernel, types, apart, ascend_only=_ALONE),
@@ -175,8 +182,6 @@ def _int4_strides(rows: int, inputs: int, group: int, to_a_unit: int) -> dict[st
         "W_E": rows * inputs // to_a_unit,
         "W_N": inputs // to_a_unit,
         **{f"{name}_{axis}": at for name in "SZ" for axis, at in zip("ENK", (rows * groups, groups, 1), strict=True)},
-        "CHUNK": min(group, _INT4_CHUNK),
-        "SHARE": group // min(group, _INT4_CHUNK),
     }
 
 
@@ -190,35 +195,56 @@ def _int4_pairs(model: _Model, group: int, zeros: bool, ascend: bool) -> list[Ca
     name = f"{model.name}-g{group}{'-zeros' if zeros else ''}{'-ascend' if ascend else ''}"
     only = {"ascend_only": _ALONE} if ascend else {"cuda_only": _SPLIT}
     options = {"num_warps": 1, **only}
-    inputs = 512 if ascend else 1024
-    blocks = {"BLOCK_N": 2, "BLOCK_C": inputs // min(group, _INT4_CHUNK), "ASCEND": ascend}
+    # On an NPU as many words are scaled together as a group has: short sums would be scalar.
+    blocks = {
+        **{"GROUP": group, "QUAD": group // 8 if ascend else 4},
+        **{"BLOCK_N": 2, "BLOCK_W": 64 if ascend else 128, "ASCEND": ascend, "PDL": not ascend},
+    }
     types = {
-        **{"x_words": "*i32", "ids": "*i32", "w13": "*i32", "w13_scale": "*bf16", "w13_zero": "*u8", "h": "*bf16"},
-        **{"n_pairs": "i32", "bias_bits": "i32"},
+        **{"x_planes": "*bf16", "ids": "*i32", "w13": "*i32", "w13_scale": "*bf16", "w13_zero": "*u8"},
+        **{"h_planes": "*bf16", "n_pairs": "i32", "bias_bits": "i32"},
         **_ACTIVATION,
     }
     up = {"E": model.experts, **_int4_gate_up(model, group, 8), **blocks, **({} if zeros else {"w13_zero": None})}
     down_types = {
-        **{"h_words": "*i32", "weights": "*fp32", "ids": "*i32", "w2": "*i32", "w2_scale": "*bf16", "w2_zero": "*u8"},
+        **{"h_planes": "*bf16", "weights": "*fp32", "ids": "*i32", "w2": "*i32", "w2_scale": "*bf16", "w2_zero": "*u8"},
         **{"y": "*bf16", "n_tokens": "i32", "bias_bits": "i32"},
     }
     down = {
-        **{"E": model.experts, "H": model.hidden, "INTER": model.inter, "TOP_K": model.top_k, "MODEL": "bf16"},
+        **{"E": model.experts, "H": model.hidden, "INTER": model.inter, "TOP_K": model.top_k},
         **_int4_strides(model.hidden, model.inter, group, 8),
         **({"b2": None} if zeros else {"b2": None, "w2_zero": None}),
         **blocks,
-        "BLOCK_S": 1 if ascend else 2,
     }
     return [
-        _case(f"experts_int4_gate_up_pairs-{name}", "experts_int4:gate_up_pairs_int4_kernel", types, up, **options),
-        _case(f"experts_int4_down_pairs-{name}", "experts_int4:down_pairs_int4_kernel", down_types, down, **options),
+        _case(
+            f"experts_int4_gate_up_pairs-{name}", "experts_int4_pairs:gate_up_pairs_int4_kernel", types, up, **options
+        ),
+        _case(
+            f"experts_int4_down_pairs-{name}",
+            "experts_int4_pairs:down_pairs_int4_kernel",
+            down_types,
+            down,
+            **options,
+        ),
     ]
+
+
+def _split_planes(planes: int) -> Case:
+    return _case(
+        f"split_planes-qwen3_30b-{planes}",
+        "planes:split_planes_kernel",
+        {"x": "*bf16", "planes": "*bf16", "n_rows": "i32", "x_stride": "i32"},
+        {"K": 2048, "PLANES": planes, "BLOCK": 128, "PDL": False},
+        cuda_only=_PLANES if planes == 2 else None,
+    )
 
 
 def _int4_tiles(model: _Model, rows: int, columns: int, warps: int, group: int, zeros: bool) -> list[Case]:
     name = f"{model.name}-g{group}{'-zeros' if zeros else ''}-M{rows}"
     options = {"num_warps": warps, "num_stages": 3, "cuda_only": _TENSOR_CORES}
-    blocks = {"BLOCK_M": rows, "BLOCK_N": columns, "GROUP": 4}
+    chunk = min(group, _INT4_CHUNK)
+    blocks = {"BLOCK_M": rows, "BLOCK_N": columns, "GROUP": 4, "CHUNK": chunk, "SHARE": group // chunk}
     types = {
         "x_planes": "*bf16",
         **_TILE_POINTERS,
@@ -235,8 +261,16 @@ def _int4_tiles(model: _Model, rows: int, columns: int, warps: int, group: int, 
     down = {**sizes, **_int4_strides(model.hidden, model.inter, group, 2), **blocks}
     down |= {} if zeros else {"w2_zero": None}
     return [
-        _case(f"experts_int4_gate_up_tiles-{name}", "experts_int4:gate_up_tiles_int4_kernel", types, up, **options),
-        _case(f"experts_int4_down_tiles-{name}", "experts_int4:down_tiles_int4_kernel", down_types, down, **options),
+        _case(
+            f"experts_int4_gate_up_tiles-{name}", "experts_int4_grouped:gate_up_tiles_int4_kernel", types, up, **options
+        ),
+        _case(
+            f"experts_int4_down_tiles-{name}",
+            "experts_int4_grouped:down_tiles_int4_kernel",
+            down_types,
+            down,
+            **options,
+        ),
     ]
 
 
@@ -253,11 +287,5 @@ CASES = [
     *_int4_tiles(_QWEN, 16, 64, 4, 128, False),
     *_int4_tiles(_QWEN, 128, 128, 8, 128, True),
     *_int4_tiles(_QWEN, 16, 64, 4, 32, True),
-    _case(
-        "split_planes-qwen3_30b",
-        "experts_int4:split_planes_kernel",
-        {"x": "*bf16", "planes": "*bf16", "n_rows": "i32", "x_stride": "i32"},
-        {"K": 2048, "BLOCK": 1024},
-        cuda_only=_PLANES,
-    ),
+    *(_split_planes(planes) for planes in (2, 8)),
 ]

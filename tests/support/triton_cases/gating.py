@@ -44,15 +44,15 @@ def _cases(model: str, n_experts: int, top_k: int, block_k: int, ascend_rows: in
             name=f"gating-{model}",
             kernel="gating:gating_kernel",
             signature=signature,
-            constants={**constants, "BLOCK_T": 1, "ASCEND": False},
+            constants={**constants, "BLOCK_T": 1, "NARROW": not constants["SCORED"], "ASCEND": False},
             num_warps=1,
-            cuda_only="selects by 64-bit keys, which Ascend's vector unit does not have; gating-*-floats is its form",
+            cuda_only="selects by integers, which Ascend's vector unit compares one by one; see gating-*-floats",
         ),
         Case(
             name=f"gating-{model}-floats",
             kernel="gating:gating_kernel",
             signature=signature,
-            constants={**constants, "SOURCE": source, "BLOCK_T": ascend_rows, "ASCEND": True},
+            constants={**constants, "SOURCE": source, "BLOCK_T": ascend_rows, "NARROW": False, "ASCEND": True},
             ascend_only="selects by floats, of which two computations may differ on CUDA",
         ),
     ]
