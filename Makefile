@@ -23,8 +23,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 TRITON_ASCEND := $(VENV)/triton-ascend
 ASCEND := $(VENV)/ascend
-BUILD_INPUTS := pyproject.toml $(shell find CMakeLists.txt csrc -type f)
-CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+BUILD_INPUTS := pyproject.toml $(shell find CMakeLists.txt csrc -path csrc/ascendc -prune -o -type f -print)
+CXX_SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.asc')
 
 .PHONY: demo test test-arm test-ascend test-npu test-triton-ascend lint format docs wheel clean
 
@@ -37,14 +37,16 @@ test: $(VENV)/test.installed $(TRITON_ASCEND)/installed
 test-triton-ascend: $(VENV)/test.installed $(TRITON_ASCEND)/installed
 	$(BIN)/pytest tests/ascend_triton $(ARGS)
 
+# The Ascend C kernels are built first (Debian: apt-get install cmake), since no test should wait for a minute of that.
 # The plugin loads the stand-in before torch is imported, whose import loads torch_npu.
 test-ascend: $(ASCEND)/installed
+	PYTHONPATH=tests/ascend $(ASCEND)/bin/python -m host_cann.kernels
 	PYTHONPATH=tests/ascend $(ASCEND)/bin/pytest -p host_cann.preload tests/ascend $(ARGS)
 
 # In the user's own environment, whose torch_npu fits the machine's CANN; it needs moe-fx's extra `models`, and pytest,
 # pytest-timeout and expecttest: pip install '.[models]' pytest pytest-timeout expecttest
 NPU_PYTHON ?= $(PYTHON)
-NPU_TESTS := tests/ascend/test_models.py tests/ascend/test_lowered_ops.py
+NPU_TESTS := tests/ascend/test_models.py tests/ascend/test_lowered_ops.py tests/ascend/test_ascendc_ops.py
 
 test-npu:
 	PYTHONPATH=tests/ascend $(NPU_PYTHON) -m pytest -p npu_report -m npu $(NPU_TESTS) $(ARGS)

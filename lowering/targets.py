@@ -25,8 +25,12 @@ class Target(Protocol):
 
     name: str
 
-    def configured(self, options: Any) -> Target:
-        """This target with the user's choices: the attributes of ``moe_fx.options.Options`` that bear its name."""
+    def configured(self, options: Any, mode: str | None = None) -> Target:
+        """This target with the user's choices: the attributes of ``moe_fx.options.Options`` that bear its name.
+
+        Args:
+            mode: ``torch.compile``'s.
+        """
         ...
 
     def kernel_for(self, node: fx.Node, downstream: str) -> str:
@@ -66,7 +70,7 @@ class ReferenceTarget:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def configured(self, options: Any) -> Target:
+    def configured(self, options: Any, mode: str | None = None) -> Target:
         """See :class:`Target`; there is nothing to choose."""
         return self
 

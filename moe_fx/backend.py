@@ -98,7 +98,7 @@ def moe_ascend(
             unfused = copy_graph_module(fused) if opts.check else None
             run_passes(fused, opts, report, dumper)
             canonical = copy_graph_module(fused) if opts.check else None
-            lower(fused, opts, report, dumper)
+            lower(fused, opts, report, dumper, mode)
             fused = cache.keep(fused)
     except Exception as error:
         if opts.strict:

@@ -109,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     tune.add_argument("--group", type=_positive, default=128, metavar="G", help="inputs a scale of int4 weights")
     tune.add_argument("--output", type=Path, metavar="FILE", help="the file to extend (default: the user's own)")
+
+    ascend = command("build-ascend", _build_ascend, "build the Ascend C kernels for this machine's CANN and torch_npu")
+    ascend.add_argument("--output", type=Path, metavar="PATH", help="file or folder to write (default: the package)")
+    ascend.add_argument("--build-dir", type=Path, metavar="DIR", help="keep the build here, for a faster next one")
     return parser
 
 
@@ -162,6 +166,22 @@ def _tune(arguments: argparse.Namespace) -> int:
         _print_json({"file": str(path), "kernels": table})
     else:
         print(f"wrote {path}")
+    return 0
+
+
+def _build_ascend(arguments: argparse.Namespace) -> int:
+    from moe_fx import ascend_build, ascend_library
+
+    console = Console(stderr=True)
+    path = ascend_build.build(
+        arguments.output,
+        arguments.build_dir,
+        lambda line: console.print(line, highlight=False, soft_wrap=True, markup=False),
+    )
+    if arguments.json:
+        _print_json({"file": str(path)})
+    elif path != ascend_library.default_path():
+        print(f"set {ascend_library.VARIABLE}={path} where moe-fx runs")
     return 0
 
 

@@ -23,6 +23,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moe_fx.ascend_library import VARIABLE, default_path, named_path
+
 if TYPE_CHECKING:
     from moe_fx._C import CpuInfo
 
@@ -101,7 +103,15 @@ def diagnose() -> Diagnosis:
             Target("cuda", (torch, _check_cuda_device(), _check_triton(), _check_c_compiler())),
             Target(
                 "ascend",
-                (torch, _check_torch_npu(), _check_torchair(), _check_cann(), _check_npu(), _check_triton_ascend()),
+                (
+                    torch,
+                    _check_torch_npu(),
+                    _check_torchair(),
+                    _check_cann(),
+                    _check_npu(),
+                    _check_ascendc(),
+                    _check_triton_ascend(),
+                ),
             ),
         ),
         cache=_check_cache(),
@@ -273,6 +283,18 @@ def _check_npu() -> Check:
         remedy = "check the driver with npu-smi info; a container needs /dev/davinci* and /dev/davinci_manager"
         return Check("NPU", False, "no /dev/davinci device", remedy)
     return Check("NPU", True, ", ".join(devices))
+
+
+def _check_ascendc() -> Check:
+    """The library of Ascend C kernels, which is looked for and not loaded."""
+    name, named = "Ascend C kernels", named_path()
+    path = named or default_path()
+    if path.is_file():
+        return Check(name, True, str(path), required=False)
+    if named is not None:
+        return Check(name, False, f"{VARIABLE} names {named}, which is no file", f"correct or unset {VARIABLE}", False)
+    remedy = "optional kernels for int4 experts at decode, built where CANN is: moe-fx build-ascend"
+    return Check(name, False, "not built", remedy, required=False)
 
 
 def _check_triton_ascend() -> Check:

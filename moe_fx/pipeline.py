@@ -119,9 +119,15 @@ def _is_matmul(node: fx.Node) -> bool:
     return str(node.target).split(".")[1:2] in [["linear"], ["mm"], ["matmul"], ["bmm"], ["addmm"], ["einsum"]]
 
 
-def lower(gm: fx.GraphModule, options: Options, report: GraphReport, dumper: GraphDumper) -> None:
-    """Lower canonical ops to the report's target in place, and note in each site what will run it."""
-    target = targets.load(report.target).configured(options)
+def lower(
+    gm: fx.GraphModule, options: Options, report: GraphReport, dumper: GraphDumper, mode: str | None = None
+) -> None:
+    """Lower canonical ops to the report's target in place, and note in each site what will run it.
+
+    Args:
+        mode: ``torch.compile``'s.
+    """
+    target = targets.load(report.target).configured(options, mode)
     nodes = {node.name: node for node in gm.graph.nodes}
     for site in report.matched:
         if site.node in nodes:

@@ -1,7 +1,7 @@
 """``experts_int4`` (W4A16): the project's own kernel for few tokens, ``npu_grouped_matmul`` with antiquant otherwise.
 
-Both read weights of one packed form. Without the kernel library (``w4a16.kernel_library``) every graph takes the
-grouped product.
+Both read weights of one packed form. Without the kernel library (``kernel_library``) every graph takes the grouped
+product.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from moe_fx.lowering.ascend import w4a16
+from moe_fx.lowering.ascend import kernel_library, w4a16
 from moe_fx.lowering.ascend import weights as recipes
 from moe_fx.lowering.ascend.antiquant import widened
 from moe_fx.lowering.ascend.arguments import bound, value
@@ -47,10 +47,11 @@ def choose(node: fx.Node, settings: Settings, ids_in_range: bool) -> Choice:
     layout = "none" if a["layout"] == "none" else "gate_up"
     activation = activation_name(a["act"], a["limit"], layout)
     few = w4a16.takes(a) and statically_known_true(x.shape[0] <= w4a16.MAX_TOKENS)
-    own = few and ids_in_range and w4a16.kernel_library() is not None
+    missing = _missing(a, settings) if few else ""
+    own = few and not missing
 
     def rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
-        operands = [a["x"], a["weights"], a["ids"], *_operands(node, a)]
+        operands = [a["x"], a["weights"], a["ids"], *_operands(node, a, offsets=not own)]
         if own:
             inline(gm, node, w4a16.call, operands[:9], out_dtype=a["out_dtype"])
             return
@@ -60,22 +61,37 @@ def choose(node: fx.Node, settings: Settings, ids_in_range: bool) -> Choice:
 
     if own:
         return Choice("moe_fx_ascend experts_w4a16 (Ascend C)", rewrite)
-    missing = ", for lack of the Ascend C kernel library" if few and ids_in_range else ""
     return Choice(f"torch_npu grouped_matmul (W4A16) + {activation} + {settings.combine}{missing}", rewrite)
 
 
-def _operands(node: fx.Node, a: dict[str, Any]) -> list[fx.Node | None]:
-    """[w13, its scale and offset, w2, its scale and offset, b13, b2] as ``antiquant.widened`` takes them."""
-    dtype = value(a["x"]).dtype
+def _missing(a: dict[str, Any], settings: Settings) -> str:
+    """What keeps the project's own kernel from a call that it is for, as the end of a sentence; empty for nothing."""
+    if kernel_library.loaded() is None:
+        return ", for lack of the Ascend C kernel library"
+    if reason := w4a16.refusal(a):
+        return f", since the Ascend C kernel refuses: {reason}"
+    if settings.ge and not w4a16.is_in_ge():
+        return ", since this CANN takes no operator of the Ascend C kernel library into GE graphs"
+    return ""
 
-    def projection(name: str, layout: str) -> list[fx.Node]:
+
+def _operands(node: fx.Node, a: dict[str, Any], offsets: bool) -> list[fx.Node | None]:
+    """[w13, its scale and offset, w2, its scale and offset, b13, b2] as ``antiquant.widened`` takes them.
+
+    Args:
+        offsets: also where there are no zero points and every offset is 0.
+    """
+    dtype = value(a["x"]).dtype
+    offsets = offsets or a["w13_zero"] is not None or a["w2_zero"] is not None
+
+    def projection(name: str, layout: str) -> list[fx.Node | None]:
         packed, scale, zero = a[name], a[f"{name}_scale"], a[f"{name}_zero"]
         form = dict(layout=layout, dtype=dtype)
-        offsets = (scale,) if zero is None else (scale, zero)
+        zeros = () if zero is None else (zero,)
         return [
             call_recipe(node, recipes.int4_packed, packed, layout=layout),
             call_recipe(node, recipes.group_scales, scale, **form),
-            call_recipe(node, recipes.group_offsets, *offsets, **form),
+            call_recipe(node, recipes.group_offsets, scale, *zeros, **form) if offsets else None,
         ]
 
     def bias(vector: fx.Node | None, layout: str) -> fx.Node | None:

@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_fx.lowering.ascend import gating
 from moe_fx.lowering.ascend.arguments import bound, value
-from moe_fx.lowering.ascend.choice import Choice, require
+from moe_fx.lowering.ascend.choice import Choice, Refused, require
+from moe_fx.lowering.ascend.settings import Settings
 from moe_fx.lowering.inline import inline
 
 # Limits of npu_moe_gating_top_k.
@@ -32,12 +34,22 @@ _GROUP_ALIGNMENT = 32
 _MAX_TOP_K = 1024
 
 
-def choose(node: fx.Node) -> Choice:
-    """The operator for a ``route`` node.
+def choose(node: fx.Node, settings: Settings) -> Choice:
+    """The operator for a ``route`` node: torch_npu's, else the project's own, which takes what they do not.
 
     Raises:
         Refused: none computes it.
     """
+    try:
+        return _choose_torch_npus(node)
+    except Refused:
+        # GE has no operator for it.
+        if settings.ge or not gating.takes(bound(node)):
+            raise
+    return _choice("moe_fx_ascend gating_topk (Ascend C)", own_gating, bound(node))
+
+
+def _choose_torch_npus(node: fx.Node) -> Choice:
     a = bound(node)
     n_experts, dtype = value(a["logits"]).shape[-1], a["score_dtype"]
     floating = (torch.float32, torch.float16, torch.bfloat16)
@@ -48,13 +60,13 @@ def choose(node: fx.Node) -> Choice:
     if a["order"] == "after":
         require(a["score"] == "softmax", f"no gating operator selects first and scores with {a['score']} then")
         require(a["bias"] is None and a["n_group"] == 1, "no gating operator selects biased or grouped logits")
-        return _choice("npu_moe_gating_top_k_softmax_v2", topk_then_softmax, a)
+        return _choice("torch_npu npu_moe_gating_top_k_softmax_v2", topk_then_softmax, a)
     # The operators rank scores as they are in fp32; a model that rounds them first may rank otherwise.
     require(dtype == torch.float32, f"the model ranks scores rounded to {dtype}; the operators rank them in fp32")
     if a["score"] == "softmax" and a["bias"] is None and a["n_group"] == 1:
-        return _choice("npu_moe_gating_top_k_softmax", softmax_then_topk, a)
+        return _choice("torch_npu npu_moe_gating_top_k_softmax", softmax_then_topk, a)
     _check_gating(a, n_experts)
-    return _choice("npu_moe_gating_top_k", gating_topk, a)
+    return _choice("torch_npu npu_moe_gating_top_k", gating_topk, a)
 
 
 def _check_gating(a: dict[str, Any], n_experts: int) -> None:
@@ -82,12 +94,12 @@ def _check_gating(a: dict[str, Any], n_experts: int) -> None:
     )
 
 
-def _choice(operator: str, form: Any, a: dict[str, Any]) -> Choice:
+def _choice(kernel: str, form: Any, a: dict[str, Any]) -> Choice:
     def rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
         static = {key: given for key, given in a.items() if key not in ("logits", "bias")}
         inline(gm, node, functools.partial(_on_matrix, form, static), [a["logits"], a["bias"]])
 
-    return Choice(f"torch_npu {operator}", rewrite)
+    return Choice(kernel, rewrite)
 
 
 def _on_matrix(
@@ -142,6 +154,14 @@ def gating_topk(
     if sigmoid:
         weights = scores.gather(-1, ids.to(torch.int64))
     return _finish(weights, a), ids
+
+
+def own_gating(logits: torch.Tensor, bias: torch.Tensor | None, a: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Routers that torch_npu has no operator for (DeepSeek-V4)."""
+    options = ("top_k", "score", "order", "n_group", "topk_group", "group_score", "renormalize", "eps", "scale")
+    correction = None if bias is None else bias.to(torch.float32)
+    weights, ids = torch.ops.moe_fx_ascend.gating_topk.default(logits, correction, **{key: a[key] for key in options})
+    return weights, ids
 
 
 def _finish(weights: torch.Tensor, a: dict[str, Any]) -> torch.Tensor:

@@ -33,21 +33,25 @@ class Settings:
         prepare: bring weights into the grouped matmul's layout once; otherwise the graph transposes views of them.
         nz: also cast prepared weights to the fractal format NZ.
         prefetch_mib: how much of a layer's expert weights to prefetch; 0 for none.
+        ge: the graph is converted to GE, where torchair finishes it; otherwise it captures single operators.
     """
 
     combine: str = "finalize_routing"
     prepare: bool = True
     nz: bool = False
     prefetch_mib: int = 0
+    ge: bool = True
 
     @classmethod
-    def of(cls, options: Chosen) -> Settings:
-        """The settings that options ask for."""
+    def of(cls, options: Chosen, mode: str | None = None) -> Settings:
+        """The settings that options and ``torch.compile``'s mode ask for."""
+        ge = (mode or options.downstream_options.get("mode", "ge")) == "ge"
         # Only GE runs a prefetch beside other work; a captured graph would wait for it, on its one stream.
-        prefetch = options.ascend_prefetch and options.downstream_options.get("mode", "ge") == "ge"
+        prefetch = options.ascend_prefetch and ge
         return cls(
             options.ascend_combine,
             options.ascend_weights == "prepared",
             options.ascend_nz,
             options.ascend_prefetch_mib if prefetch else 0,
+            ge,
         )

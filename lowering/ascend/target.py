@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import operator
 
@@ -20,7 +21,6 @@ _PASS_THROUGH = (
     aten.view, aten.reshape, aten._unsafe_view, aten.alias, aten.detach, aten.clone, aten._to_copy, aten.to,
 )  # fmt: skip
 _CHOOSERS = {
-    "route": route.choose,
     "rms_norm": norms.choose_rms_norm,
     "add_rms_norm": norms.choose_add_rms_norm,
     "qk_norm_rope": rope.choose,
@@ -41,14 +41,14 @@ class AscendTarget(ReferenceTarget):
         super().__init__("ascend")
         self.settings = settings or Settings()
 
-    def configured(self, options: Chosen) -> AscendTarget:
+    def configured(self, options: Chosen, mode: str | None = None) -> AscendTarget:
         """This target with the user's ``ascend_*`` options."""
-        return AscendTarget(Settings.of(options))
+        return AscendTarget(Settings.of(options, mode))
 
     def kernel_for(self, node: fx.Node, downstream: str) -> str:
         """See :class:`Target`."""
         try:
-            return self._choose(node, canonical_name(node) in _EXPERTS and ids_in_range(node)).kernel
+            return self._choose(node, downstream, canonical_name(node) in _EXPERTS and ids_in_range(node)).kernel
         except Refused as reason:
             return f"{super().kernel_for(node, downstream)}: {reason}"
 
@@ -60,7 +60,7 @@ class AscendTarget(ReferenceTarget):
         lowered = False
         for node in nodes:
             try:
-                choice = self._choose(node, node in safe)
+                choice = self._choose(node, downstream, node in safe)
             except Refused:
                 continue
             choice.rewrite(gm, node)
@@ -70,14 +70,17 @@ class AscendTarget(ReferenceTarget):
         gm.graph.lint()
         gm.recompile()
 
-    def _choose(self, node: fx.Node, ids_in_range: bool) -> Choice:
+    def _choose(self, node: fx.Node, downstream: str, ids_in_range: bool) -> Choice:
         name = canonical_name(node)
         if importlib.util.find_spec("torch_npu") is None:
             raise Refused("torch_npu is not installed")
         if name in _CHOOSERS:
             return _CHOOSERS[name](node)
+        settings = dataclasses.replace(self.settings, ge=self.settings.ge and downstream == "torchair")
+        if name == "route":
+            return route.choose(node, settings)
         if name in _EXPERTS:
-            return _EXPERTS[name](node, self.settings, ids_in_range)
+            return _EXPERTS[name](node, settings, ids_in_range)
         raise Refused(f"no operator for {name}")
 
 

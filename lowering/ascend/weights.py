@@ -10,12 +10,15 @@ from collections.abc import Sequence
 import torch
 from torch._subclasses.fake_tensor import is_fake
 
+from moe_fx.lowering.ascend import kernel_library
 from moe_fx.lowering.prepared_inputs import recipe
 
 # ACL_FORMAT_FRACTAL_NZ: the blocked layout that the matrix units read without rearranging.
 _NZ = 29
 # Nibbles are stored unsigned; the middle of their range stands for zero.
 _MIDDLE = 8
+# Inputs and outputs that the kernel of repack_int4 moves together.
+_REPACK_ALIGNMENT = 32
 
 
 @recipe("(Tensor[] weights, *, str layout='gate_up', bool transposed=False, bool nz=False) -> Tensor")
@@ -47,9 +50,15 @@ def columns(
 def int4_packed(packed: torch.Tensor, *, layout: str = "gate_up") -> torch.Tensor:
     """Unsigned nibbles uint8 [E, N, K / 2] (see ``experts_int4``) as signed int4 [E, K, N], eight an int32, low first.
 
-    One expert at a time, since the unpacked form is many times larger.
+    Without a kernel for it one expert at a time, since the unpacked form is many times larger.
     """
     n_experts, rows, half = packed.shape
+    in_words = layout == "gate_up" and rows % _REPACK_ALIGNMENT == 0 and 2 * half % _REPACK_ALIGNMENT == 0
+    if packed.device.type == "npu" and in_words and kernel_library.loaded() is not None:
+        # The canonical bytes are compressed-tensors' words.
+        words = packed.contiguous().view(torch.int32)
+        repacked: torch.Tensor = torch.ops.moe_fx_ascend.repack_int4.default([words], "compressed_tensors")
+        return repacked
     result = packed.new_empty((n_experts, 2 * half, rows // 8), dtype=torch.int32)
     if not is_fake(packed):  # Shape inference has no use for a loop over experts.
         for expert in range(n_experts):

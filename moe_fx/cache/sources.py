@@ -11,14 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from moe_fx.ascend_library import named_path
 from moe_fx.cache.errors import Uncacheable
 
 __all__ = ["digest", "file_digests", "files"]
 
 # By name: in an editable install the last two lie outside the folder of moe_fx.
 _PACKAGES = ("moe_fx", "moe_fx.passes", "moe_fx.lowering")
-# Names the Ascend C kernels where they are not in the package (``lowering/ascend/w4a16.py``).
-_LIBRARY_VARIABLE = "MOE_FX_ASCENDC_LIBRARY"
 
 
 def files() -> Iterator[tuple[str, Path]]:
@@ -32,8 +31,8 @@ def files() -> Iterator[tuple[str, Path]]:
     extension = importlib.util.find_spec("moe_fx._C")
     if extension is not None and extension.origin:
         yield "moe_fx._C", Path(extension.origin)
-    library = Path(os.environ.get(_LIBRARY_VARIABLE, ""))
-    if library.is_file():
+    library = named_path()
+    if library is not None and library.is_file():
         yield library.name, library
 
 

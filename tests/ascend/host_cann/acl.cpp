@@ -8,6 +8,7 @@
 
 #include <cstdarg>
 #include <cstring>
+#include <string>
 
 #include "host_cann.h"
 
@@ -121,16 +122,19 @@ int aclrtStreamGetId(void* s, int32_t* id) {
   *id = int32_t((int*)s - g_handles);
   return 0;
 }
-int aclrtGetDeviceInfo(uint32_t, int, int64_t* v) {
-  *v = 24;
+// AI cores of the SoC; each has two vector cores.
+static int64_t cores(bool vector) { return (strcmp(aclrtGetSocName(), "Ascend910B3") ? 24 : 20) * (vector ? 2 : 1); }
+int64_t host_cann_vector_cores() { return cores(true); }
+int aclrtGetDeviceInfo(uint32_t, int attribute, int64_t* v) {
+  *v = cores(attribute == 201);
   return 0;
 }
-int aclrtGetDeviceResLimit(int32_t, int, uint32_t* v) {
-  *v = 24;
+int aclrtGetDeviceResLimit(int32_t, int type, uint32_t* v) {
+  *v = cores(type == 1);
   return 0;
 }
-int aclrtGetStreamResLimit(void*, int, uint32_t* v) {
-  *v = 24;
+int aclrtGetStreamResLimit(void*, int type, uint32_t* v) {
+  *v = cores(type == 1);
   return 0;
 }
 int aclrtDeviceCanAccessPeer(int32_t* c, int32_t, int32_t) {
@@ -146,11 +150,29 @@ int aclrtGetSysParamOpt(int, int64_t* v) {
   *v = 0;
   return 0;
 }
-// Capture: Python registers a callback that records and replays (eager_kernels.py).
-typedef void (*graph_callback)(int what, void* model);  // what: 0 begin, 1 end, 2 execute, 3 destroy
+// Capture: Python registers callbacks that record and replay (eager_kernels.py).
+typedef int (*graph_callback)(int what, void* model);  // what: 0 begin, 1 end, 2 execute, 3 destroy
+typedef void (*launch_callback)(host_cann_kernel kernel, void* arguments);
+typedef void (*allocation_callback)(const void* address, void** base, uint64_t* bytes);
 static graph_callback g_gcb = nullptr;
+static launch_callback g_lcb = nullptr;
+static allocation_callback g_acb = nullptr;
 static void* g_cap = nullptr;
-void host_cann_set_graph_callback(graph_callback c) { g_gcb = c; }
+static std::string g_error;
+void host_cann_set_callbacks(graph_callback graph, launch_callback launch, allocation_callback allocation) {
+  g_gcb = graph;
+  g_lcb = launch;
+  g_acb = allocation;
+}
+void host_cann_set_error(const char* message) { g_error = message; }
+int host_cann_capture_launch(host_cann_kernel kernel, void* arguments) {
+  if (!g_cap || !g_lcb) return 0;
+  g_lcb(kernel, arguments);
+  return 1;
+}
+void host_cann_allocation(const void* address, void** base, uint64_t* bytes) {
+  if (g_acb) g_acb(address, base, bytes);
+}
 int aclmdlRICaptureBegin(void*, int) {
   LOG("aclmdlRICaptureBegin");
   g_cap = handle();
@@ -166,8 +188,7 @@ int aclmdlRICaptureEnd(void*, void** m) {
 }
 int aclmdlRIExecuteAsync(void* m, void*) {
   LOG("aclmdlRIExecuteAsync %p (replay)", m);
-  if (g_gcb) g_gcb(2, m);
-  return 0;
+  return g_gcb ? g_gcb(2, m) : 0;
 }
 int aclmdlRIDestroy(void* m) {
   LOG("aclmdlRIDestroy");
@@ -190,7 +211,7 @@ int aclmdlRICaptureTaskGrpEnd(void*, void** h) {
 void* aclopCreateAttr() { return handle(); }
 void* aclCreateTensorDesc(int, int, const int64_t*, int) { return handle(); }
 void* aclCreateDataBuffer(void*, size_t) { return handle(); }
-const char* aclGetRecentErrMsg() { return ""; }
+const char* aclGetRecentErrMsg() { return g_error.c_str(); }
 const char* aclrtGetSocVersion() { return aclrtGetSocName(); }
 void* acltdtCreateDataset() { return handle(); }
 void* acltdtCreateChannelWithCapacity(uint32_t, const char*, size_t) { return handle(); }

@@ -24,7 +24,11 @@ _KEEP = {
     "unsqueeze", "squeeze", "lift", "lift_fresh", "_has_compatible_shallow_copy_type", "is_same_size", "isnan",
 }  # fmt: skip
 _CAPTURE_BEGIN, _CAPTURE_END, _REPLAY = 0, 1, 2
-_CALLBACK = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p)
+_ERROR = 507015  # CANN's "aicore exception".
+_ON_CAPTURE = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+_KERNEL = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)
+_ON_LAUNCH = ctypes.CFUNCTYPE(None, _KERNEL, ctypes.c_void_p)
+_ALLOCATION = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_uint64))
 _KEPT: list[Any] = []
 _LIBRARIES: dict[str, torch.library.Library] = {}
 
@@ -39,8 +43,19 @@ def install() -> None:
     """Replace torch_npu's kernels of ATen and of its own MoE operators."""
     from host_cann.preload import LIBRARY
 
-    _KEPT[:] = [_CALLBACK(_on_capture)]
-    LIBRARY.host_cann_set_graph_callback(*_KEPT)
+    LIBRARY.host_cann_set_error.argtypes = [ctypes.c_char_p]
+
+    def on_capture(event: int, graph: int) -> int:
+        try:
+            _on_capture(event, graph)
+            return 0
+        except BaseException as error:
+            traceback.print_exc()
+            LIBRARY.host_cann_set_error(str(error).encode())
+            return _ERROR
+
+    _KEPT[:] = [_ON_CAPTURE(on_capture), _ON_LAUNCH(_on_launch), _ALLOCATION(_allocation)]
+    LIBRARY.host_cann_set_callbacks(*_KEPT)
     for schema in torch._C._jit_get_all_schemas():
         namespace, name = schema.name.split("::")
         skip = name in _KEEP or name.startswith("_foreach") or "backward" in name
@@ -153,16 +168,32 @@ def _to_npu(value: Any) -> Any:
 
 
 def _on_capture(event: int, graph: int) -> None:
-    try:
-        EVENTS.append(event)
-        if event == _CAPTURE_BEGIN:
-            _RECORDING[:] = [GRAPHS.setdefault(graph, [])]
-        elif event == _CAPTURE_END:
-            _RECORDING.clear()
-        elif event == _REPLAY:
-            for call in GRAPHS[graph]:
-                call()
-        else:
-            GRAPHS.pop(graph, None)
-    except BaseException:
-        traceback.print_exc()
+    EVENTS.append(event)
+    if event == _CAPTURE_BEGIN:
+        _RECORDING[:] = [GRAPHS.setdefault(graph, [])]
+    elif event == _CAPTURE_END:
+        _RECORDING.clear()
+    elif event == _REPLAY:
+        for call in GRAPHS[graph]:
+            call()
+    else:
+        GRAPHS.pop(graph, None)
+
+
+def _allocation(address: int, base: Any, size: Any) -> None:
+    """The allocation that an address lies in."""
+    for segment in torch.npu.memory_snapshot():
+        for block in segment["blocks"]:
+            if block["address"] <= address < block["address"] + block["size"]:
+                base[0], size[0] = block["address"], block["requested_size"]
+
+
+def _on_launch(kernel: Any, arguments: int) -> None:
+    """A launch of a library's kernel on a stream that is captured."""
+
+    def call() -> None:
+        message = kernel(arguments)
+        if message:
+            raise RuntimeError(message.decode())
+
+    _RECORDING[0].append(call)

@@ -620,7 +620,16 @@ Status Session::UpdateGraphRefreshableFeatureMemoryBase(uint32_t, const void* co
 
 // ---- IR registry behind torchair.ge.custom_op / auto-generated converters
 extern "C" {
-// spec: lines "in x required" / "in w dynamic" / "in b optional" / "out y required" / "attr k VT_INT"
+static std::map<std::string, host_cann_execute> g_custom_ops;
+int host_cann_register_custom_op(const char* op, host_cann_execute execute) {
+  g_custom_ops[op] = execute;
+  return 0;
+}
+int host_cann_run_custom_op(const char* op, int n, const HostTensor* inputs, HostTensor* made,
+                            host_cann_allocate allocate) {
+  auto found = g_custom_ops.find(op);
+  return found == g_custom_ops.end() ? -1 : found->second(op, n, inputs, made, allocate);
+}
 void host_cann_register_ir(const char* op, const char* spec) {
   Ir ir;
   char kind[16], name[128], ty[64];

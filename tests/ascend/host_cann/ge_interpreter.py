@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from host_cann.ge_ops import DYNAMIC_INPUTS, IR, OPERATORS, PROTO_DTYPES, RUNTIME_DTYPES, Op
+from host_cann import custom_ops
+from host_cann.ge_ops import DYNAMIC_INPUTS, IR, OPERATORS, PROTO_DTYPES, RUNTIME_CODES, RUNTIME_DTYPES, Op
+from host_cann.host_tensor import HostTensor
 
-_RUNTIME_CODES = {dtype: code for code, dtype in RUNTIME_DTYPES.items()}
 # Graphs by id, and how often each op type ran since the counter was last cleared.
 GRAPHS: dict[int, Any] = {}
 OPTIONS: dict[int, dict[str, str]] = {}
@@ -20,19 +21,8 @@ COUNTS: Counter[str] = Counter()
 LAST_ERROR: list[BaseException] = []
 
 
-class _HostTensor(ctypes.Structure):
-    _fields_ = (
-        ("dtype", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("dims", ctypes.c_int64 * 16),
-        ("data", ctypes.c_void_p),
-        ("nbytes", ctypes.c_uint64),
-        ("on_device", ctypes.c_int32),
-    )
-
-
 _ADD = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.POINTER(ctypes.c_char), ctypes.c_uint64, ctypes.c_char_p)
-_TENSORS = ctypes.POINTER(_HostTensor)
+_TENSORS = ctypes.POINTER(HostTensor)
 _RUN = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_uint32, ctypes.c_int, _TENSORS, ctypes.c_int, _TENSORS)
 _KEPT: list[Any] = []
 
@@ -94,7 +84,9 @@ def run_graph(graph: Any, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         elif op.type in OPERATORS:
             outputs = OPERATORS[op.type](Op(op), **_named_inputs(op, values))
         else:
-            raise NotImplementedError(f"the GE interpreter does not know {op.type} ({op.name})")
+            outputs = custom_ops.run(op.type, list(_named_inputs(op, values).values()))
+            if outputs is None:
+                raise NotImplementedError(f"the GE interpreter does not know {op.type} ({op.name})")
         for index, output in enumerate([outputs] if isinstance(outputs, torch.Tensor) else outputs):
             values[f"{op.name}:{index}"] = output
     return results
@@ -122,7 +114,7 @@ def _constant(op: Any) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)
 
 
-def _as_torch(tensor: _HostTensor) -> torch.Tensor:
+def _as_torch(tensor: HostTensor) -> torch.Tensor:
     dtype, shape = RUNTIME_DTYPES[tensor.dtype], list(tensor.dims[: tensor.ndim])
     count = torch.Size(shape).numel()
     if count == 0:
@@ -134,12 +126,12 @@ def _as_torch(tensor: _HostTensor) -> torch.Tensor:
 def _give(result: torch.Tensor, output: Any, library: ctypes.CDLL) -> None:
     size = result.numel() * result.element_size()
     if not output.data:
-        output.dtype, output.ndim, output.nbytes = _RUNTIME_CODES[result.dtype], result.dim(), max(size, 1)
+        output.dtype, output.ndim, output.nbytes = RUNTIME_CODES[result.dtype], result.dim(), max(size, 1)
         output.data = library.host_cann_alloc(output.nbytes)
         for axis, length in enumerate(result.shape):
             output.dims[axis] = length
     elif output.nbytes < size:
         raise ValueError(f"the graph gives {list(result.shape)}, {size} bytes, into {output.nbytes} bytes")
-    elif _RUNTIME_CODES[result.dtype] != output.dtype:
+    elif RUNTIME_CODES[result.dtype] != output.dtype:
         raise ValueError(f"the graph gives {result.dtype} where {RUNTIME_DTYPES[output.dtype]} was declared")
     ctypes.memmove(output.data, result.data_ptr(), size)

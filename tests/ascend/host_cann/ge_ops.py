@@ -22,6 +22,7 @@ RUNTIME_DTYPES = {
     0: torch.float32, 1: torch.float16, 2: torch.int8, 3: torch.int32, 4: torch.uint8, 6: torch.int16, 7: torch.uint16,
     8: torch.uint32, 9: torch.int64, 10: torch.uint64, 11: torch.float64, 12: torch.bool, 27: torch.bfloat16,
 }  # fmt: skip
+RUNTIME_CODES = {dtype: code for code, dtype in RUNTIME_DTYPES.items()}
 _INT4 = 29
 
 Result = torch.Tensor | Sequence[torch.Tensor]
@@ -330,6 +331,7 @@ DYNAMIC_INPUTS = {
 # Operators that torchair asks CANN about before it uses them: inputs, outputs and attributes with their types.
 IR = {
     "AddRmsNormCast": "attr epsilon VT_FLOAT",
+    "Bitcast": "attr type VT_DATA_TYPE\nattr keep_dim VT_BOOL",
     "ClippedSwiglu": (
         "attr dim VT_INT\nattr alpha VT_FLOAT\nattr limit VT_FLOAT\nattr bias VT_FLOAT\nattr interleaved VT_BOOL"
     ),

@@ -1,0 +1,109 @@
+// Prints an estimate of moe_w4a16_decode's time on a 910B beside what the reference system publishes for its kernel,
+// from what the host model counts. Nothing here was measured on an NPU.
+//
+//   cmake --build build/ascendc --target moe_fx_ascendc_roofline && build/ascendc/moe_fx_ascendc_roofline
+
+#include <cstdio>
+#include <vector>
+
+#include "kernels/moe_w4a16_decode.h"
+#include "model/launch.h"
+#include "model/roofline.h"
+#include "tiling/moe_w4a16_decode.h"
+
+namespace moe_fx::ascendc {
+namespace {
+
+using ascendc_model::Access;
+using ascendc_model::Npu;
+using ascendc_model::Report;
+
+// One layer of Qwen3-30B-A3B. The published bandwidths are 21.2 MB a token over the published times: 4.5 bits a weight,
+// groups of 32, and no expert shared by two tokens.
+constexpr uint32_t kHidden = 2048, kIntermediate = 768, kTopK = 8, kGroup = 32;
+
+struct Published {
+  uint32_t batch;
+  double us;
+};
+constexpr Published kPublished[] = {{1, 43.4}, {2, 60.5}, {4, 96.2}, {8, 174.4}};
+
+// Counts do not depend on the values, so all are zero.
+Report count(uint32_t batch, int cores) {
+  const uint32_t experts = batch * kTopK;
+  const MoeW4A16DecodePlan plan =
+      plan_moe_w4a16_decode({batch, kTopK, experts, kHidden, kIntermediate, kGroup, false}, cores);
+  const std::size_t weights = std::size_t{experts} * kHidden * kIntermediate;
+  ascendc_model::Device device(cores);
+  const auto x = device.input("x", std::vector<half>(batch * kHidden, half(0.0F)));
+  const auto routing = device.input("weights", std::vector<float>(batch * kTopK, 0.0F));
+  std::vector<int32_t> chosen(experts);
+  for (uint32_t i = 0; i < experts; ++i) {
+    chosen[i] = static_cast<int32_t>(i);
+  }
+  const auto ids = device.input("ids", chosen);
+  const auto w13 = device.input("w13", std::vector<int32_t>(2 * weights / 8, 0));
+  const auto w2 = device.input("w2", std::vector<int32_t>(weights / 8, 0));
+  const auto w13_scale = device.input("w13_scale", std::vector<half>(2 * weights / kGroup, half(0.0F)));
+  const auto w2_scale = device.input("w2_scale", std::vector<half>(weights / kGroup, half(0.0F)));
+  const auto y = device.output<half>("y", x.size());
+  const auto workspace = device.output<uint8_t>("workspace", plan.workspaceBytes);
+  return device.launch(cores, [&] {
+    MoeW4A16Decode<half, float>(x.gm(), routing.gm(), ids.gm(), w13.gm(), w13_scale.gm(), nullptr, w2.gm(),
+                                w2_scale.gm(), nullptr, y.gm(), workspace.gm(), plan.tiling);
+  });
+}
+
+// What instructions, scalar accesses and bursts cost beyond the data they move, wholly hidden behind it.
+Npu hidden() {
+  Npu npu;
+  npu.cycles_per_instruction = npu.cycles_per_scalar_access = npu.cycles_per_burst = 0;
+  return npu;
+}
+
+// Cycles that each vector instruction may cost beyond its repeats for the estimate to equal `us`.
+double break_even(const Report& report, double us) {
+  Npu npu = hidden();
+  double low = 0, high = 256;
+  for (int step = 0; step < 40; ++step) {
+    npu.cycles_per_instruction = (low + high) / 2;
+    (ascendc_model::estimate(report, npu).us < us ? low : high) = npu.cycles_per_instruction;
+  }
+  return low;
+}
+
+void print(int cores) {
+  std::printf("%d vector cores\n", cores);
+  std::printf("batch   MB moved   of least   vector us   estimate us: hidden   exposed   published   break-even\n");
+  for (const auto& [batch, published] : kPublished) {
+    const Report report = count(batch, cores);
+    const auto best = ascendc_model::estimate(report, hidden());
+    const auto worst = ascendc_model::estimate(report);
+    double vector = 0;
+    for (const auto& phase : best.phases) {
+      vector += phase.vector_us;
+    }
+    const double weights = double{kHidden} * kIntermediate * 3 * kTopK * batch;
+    const double least = weights / 2 + weights / kGroup * 2 + 2.0 * batch * kHidden * 2;
+    std::printf("%5u %10.1f %10.3f %11.1f %21.1f %9.1f %11.1f %8.1f cycles\n", batch, best.bytes / 1e6,
+                best.bytes / least, vector, best.us, worst.us, published, break_even(report, published));
+  }
+}
+
+}  // namespace
+}  // namespace moe_fx::ascendc
+
+int main() {
+  const ascendc_model::Npu npu;
+  std::printf(
+      "ESTIMATE of moe_w4a16_decode (Qwen3-30B-A3B layer, int4 in groups of %u, distinct experts), not a measurement.\n"
+      "Assumed: %.1f TB/s at %.0f %%, nothing from L2; %.1f GHz, a repeat a cycle; %.0f us a launch, %.0f us a SyncAll "
+      "(2).\n"
+      "hidden: nothing else costs time. exposed: each vector instruction %.0f cycles more and each scalar access %.0f, "
+      "none\n"
+      "of it overlapped. break-even: what an instruction may cost beyond its repeats to equal the published time.\n\n",
+      moe_fx::ascendc::kGroup, npu.memory_bytes_per_s / 1e12, npu.memory_efficiency * 100, npu.clock_hz / 1e9,
+      npu.launch_us, npu.sync_us, npu.cycles_per_instruction, npu.cycles_per_scalar_access);
+  moe_fx::ascendc::print(48);
+  moe_fx::ascendc::print(40);
+}
