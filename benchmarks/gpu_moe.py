@@ -27,16 +27,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import moe_fx.lowering.ops  # noqa: F401 - registers the canonical ops
-from moe_fx.lowering.cuda import gating, qk_norm_rope, timing
+from moe_fx.lowering.cuda import gating, norms, qk_norm_rope, swiglu, timing
 from moe_fx.lowering.cuda.experts import experts
 from moe_fx.lowering.cuda.experts_int4 import experts_int4
+from moe_fx.lowering.ops import CANONICAL_OPS
 
 HIDDEN, INTER, EXPERTS, TOP_K, GROUP = 2048, 768, 128, 8, 128
 HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
+DENSE_INTER = 6144  # of the dense layers that the model's family has
 BATCHES = (1, 2, 4, 8, 16, 32, 128, 1024)
 SMALL_BATCHES = (1, 16, 128, 1024, 4096)
-TABLES = ("experts", "block", "small")
+TABLES = ("experts", "block", "small", "norms")
 BF16 = torch.bfloat16
 
 
@@ -66,6 +67,7 @@ def main() -> int:
         "experts": lambda: _experts(arguments.batches, bandwidth),
         "block": lambda: _blocks(arguments.batches, arguments.batched_to, bandwidth),
         "small": lambda: _small_kernels(arguments.small_batches, bandwidth, launch),
+        "norms": lambda: _norms(arguments.small_batches, bandwidth, launch),
     }
     tables = {name: list(makers[name]()) for name in arguments.tables}
     about = {
@@ -165,6 +167,27 @@ def _small_kernels(batches: list[int], bandwidth: float, launch: float) -> Itera
                 ),
             },
         )
+
+
+def _norms(batches: list[int], bandwidth: float, launch: float) -> Iterator[Row]:
+    """Norms and SwiGLU beside what Inductor makes of the canonical references."""
+    weight = torch.ones(HIDDEN, dtype=BF16, device="cuda")
+    for tokens in batches:
+        x, residual = (torch.randn(tokens, HIDDEN, dtype=BF16, device="cuda") for _ in range(2))
+        merged = torch.randn(tokens, 2 * DENSE_INTER, dtype=BF16, device="cuda")
+        cases: dict[str, tuple[Callable[..., object], int, tuple[object, ...]]] = {
+            "rms_norm": (norms.rms_norm, 2 * x.nbytes, (x, weight, 1e-6)),
+            "add_rms_norm": (norms.add_rms_norm, 4 * x.nbytes, (x, residual, weight, 1e-6)),
+            "swiglu": (swiglu.swiglu, merged.nbytes * 3 // 2, (merged,)),
+        }
+        times: dict[str, float | None] = {}
+        for name, (launcher, moved, operands) in cases.items():
+            torch._dynamo.reset()
+            inductor = torch.compile(CANONICAL_OPS[name].reference, dynamic=False)
+            times[f"{name} floor"] = moved / bandwidth * 1e6 + launch
+            times[name] = timing.graph_microseconds(partial(launcher, *operands))
+            times[f"Inductor's {name}"] = timing.graph_microseconds(partial(inductor, *operands))
+        yield Row(tokens, times)
 
 
 def _transformers_block(experts_implementation: str) -> nn.Module:

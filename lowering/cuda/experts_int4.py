@@ -1,6 +1,7 @@
 """Launches fused experts on int4 weights (W4A16): the canonical ``experts_int4`` on CUDA tensors.
 
-Both ways split x into planes first; few pairs then take two launches, more take tiles (sorting, two products, the sum).
+Few pairs take four launches (planes of x, gate and up, planes of h, down), more take tiles (planes of x, sorting, two
+products, the sum).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import torch
 import triton
 
 from moe_fx.lowering.cuda import configs, expert_plan
-from moe_fx.lowering.cuda.device import dependent_launch, on_its_device
+from moe_fx.lowering.cuda.device import INTERPRETED, dependent_launch, on_its_device
 from moe_fx.lowering.cuda.expert_plan import fit, grid, row_stride
 from moe_fx.lowering.cuda.operands import DTYPE_NAMES
 from moe_fx.lowering.triton.experts_int4_grouped import down_tiles_int4_kernel, gate_up_tiles_int4_kernel
 from moe_fx.lowering.triton.experts_int4_pairs import down_pairs_int4_kernel, gate_up_pairs_int4_kernel
-from moe_fx.lowering.triton.planes import split_planes_kernel
+from moe_fx.lowering.triton.planes import fixed_point_planes_kernel, split_planes_kernel
 
 # Words of eight weights that a lane loads, 16 bytes; a group has at least as many.
 _QUAD = 4
@@ -27,14 +28,11 @@ _LEAST_CHUNK = 32
 _LAYOUTS = {"gate_up": (0, 1, 1), "up_gate": (1, 0, 1), "interleaved": (0, 0, 2), "none": (0, 0, 1)}
 # Elements of a plane that a program moves at a time.
 _PLANES_BLOCK = 128
-# The fp32 number 2**23, whose last bit counts ones; see ``nibble``. An argument of the kernels and no constant in them:
-# a GPU's three-way logic instruction takes one constant, and the mask of the nibble is one.
-BIAS_BITS = 0x4B000000
-
 # Kernel -> parameter -> values that a tuner may try; combinations that do not fit a GPU fail to compile there.
 TUNABLE: dict[str, dict[str, tuple[int, ...]]] = {
     # Up to how many pairs (tokens * k) the kernels for few tokens run.
-    "experts_int4": {"PAIRS": (0, 8, 16, 32, 64, 128)},
+    "experts_int4": {"PAIRS": (0, 8, 16, 32, 64, 128, 256, 512)},
+    "experts_int4_planes_pairs": {"BLOCK_R": (1, 2, 4, 8, 16), "num_warps": (1, 2, 4)},
     "experts_int4_gate_up_pairs": {"BLOCK_N": (1, 2, 4, 8), "BLOCK_W": (64, 128, 256, 512), "num_warps": (1, 2, 4, 8)},
     "experts_int4_down_pairs": {"BLOCK_N": (1, 2, 4, 8), "BLOCK_W": (128, 256, 512, 1024), "num_warps": (1, 2, 4, 8)},
     "experts_int4_tiles": {"BLOCK_M": (16, 32, 64, 128)},
@@ -96,7 +94,7 @@ def experts_int4(
     def tuned(kernel: str, defaults: dict[str, int]) -> dict[str, int]:
         return configs.lookup(kernel, variant, n_tokens, defaults, x.device)
 
-    few = n_pairs <= tuned("experts_int4", {"PAIRS": 128})["PAIRS"]
+    few = n_pairs <= tuned("experts_int4", {"PAIRS": 256})["PAIRS"]
     gate_at, up_at, step = _LAYOUTS[layout]
     gate_up = {
         "alpha": alpha,
@@ -117,20 +115,22 @@ def experts_int4(
     h = x.new_empty((n_pairs, inter))
     if few:
         dependent = dependent_launch(x.device)
-        planes = _planes(x, 8, dependent)
-        gate_up |= {**_word_strides(w13), "GROUP": group13, "QUAD": _QUAD}
+        runs = tuned("experts_int4_planes_pairs", {"BLOCK_R": 8, "num_warps": 1})
+        planes, scales = word_planes(x, runs, dependent, first=True)
+        gate_up |= {**_word_strides(w13), "GROUP": group13, "QUAD": _QUAD, "ASM": not INTERPRETED}
         launch = tuned("experts_int4_gate_up_pairs", {"BLOCK_N": 4, "BLOCK_W": 32 * _QUAD, "num_warps": 1})
         launch |= {"BLOCK_W": fit(launch["BLOCK_W"], hidden // 8, _QUAD)}
         gate_up_pairs_int4_kernel[grid(n_pairs * triton.cdiv(inter, launch["BLOCK_N"]), x)](
-            planes, ids, w13.view(torch.int32), w13_scale, w13_zero, b13, h, n_pairs, BIAS_BITS,
-            E=n_experts, ASCEND=False, **gate_up, **launch, **dependent,
+            planes, scales, ids, w13.view(torch.int32), w13_scale, w13_zero, b13, h, n_pairs,
+            E=n_experts, **gate_up, **launch, **dependent,
         )  # fmt: skip
-        down |= {**_word_strides(w2), "GROUP": group2, "QUAD": _QUAD}
+        planes, scales = word_planes(h, runs, dependent, first=False)
+        down |= {**_word_strides(w2), "GROUP": group2, "QUAD": _QUAD, "ASM": not INTERPRETED}
         launch = tuned("experts_int4_down_pairs", {"BLOCK_N": 8, "BLOCK_W": 64 * _QUAD, "num_warps": 2})
         launch |= {"BLOCK_W": fit(launch["BLOCK_W"], top_k * inter // 8, _QUAD)}
         down_pairs_int4_kernel[grid(n_tokens * triton.cdiv(hidden, launch["BLOCK_N"]), x)](
-            h, weights, ids, w2.view(torch.int32), w2_scale, w2_zero, b2, y, n_tokens, BIAS_BITS,
-            E=n_experts, TOP_K=top_k, ASCEND=False, **down, **launch, **dependent,
+            planes, scales, weights, ids, w2.view(torch.int32), w2_scale, w2_zero, b2, y, n_tokens,
+            E=n_experts, TOP_K=top_k, MODEL=DTYPE_NAMES[x.dtype], ASCEND=False, **down, **launch, **dependent,
         )  # fmt: skip
         return y
 
@@ -139,7 +139,7 @@ def experts_int4(
     for of, group in ((gate_up, group13), (down, group2)):
         chunk = math.gcd(group, largest)
         of |= {"CHUNK": chunk, "SHARE": group // chunk}
-    planes = _planes(x, 2, {"PDL": False})
+    planes = split_planes(x, 2, {"PDL": False})
     block_m = tuned("experts_int4_tiles", {"BLOCK_M": _tile_rows(x.dtype, n_pairs / n_experts)})["BLOCK_M"]
     tiles = expert_plan.sort_pairs(ids, n_experts, block_m)
     launch = tuned("experts_int4_gate_up_tiles", _tiles_defaults(x.dtype, block_m))
@@ -216,7 +216,29 @@ def experts_int4_refusal(
     return reason or expert_plan.too_wide(w13=w13, w2=w2, **scales)
 
 
-def _planes(x: torch.Tensor, planes: int, dependent: dict[str, bool]) -> torch.Tensor:
+def word_planes(
+    x: torch.Tensor, launch: dict[str, int], dependent: dict[str, bool], *, first: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows [n, K] in planes that meet words of eight weights, and their scales.
+
+    Args:
+        launch: BLOCK_R, runs of 32 elements at a time, and num_warps.
+        first: of a chain of dependent launches; see ``fixed_point_planes_kernel``. fp32 rows stay what they are.
+    """
+    if x.dtype == torch.float32:
+        return split_planes(x, 8, dependent), None
+    x = expert_plan.dense_rows(x)
+    n_rows, width = x.shape
+    planes = torch.empty((n_rows, 4, width // 8), dtype=torch.int32, device=x.device)
+    scales = torch.empty((n_rows, 2, width // 32), dtype=torch.float32, device=x.device)
+    launch = {**launch, "BLOCK_R": fit(launch["BLOCK_R"], width // 32)}
+    fixed_point_planes_kernel[grid(n_rows * triton.cdiv(width // 32, launch["BLOCK_R"]), x)](
+        x, planes, scales, n_rows, row_stride(x), K=width, WAIT_FIRST=first, **launch, **dependent
+    )
+    return planes, scales
+
+
+def split_planes(x: torch.Tensor, planes: int, dependent: dict[str, bool]) -> torch.Tensor:
     """Rows [n, K] as [n, planes, K / planes]; see ``split_planes_kernel``."""
     x = expert_plan.dense_rows(x)
     n_rows, width = x.shape

@@ -6,6 +6,7 @@ values that the launchers offer (``TUNABLE``), on the time of the whole call; th
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024)
 _MOST_TOKENS_IN_PAIRS = 64
 # A candidate must be so much faster to be taken: less is noise, and a stable file is worth more.
 _GAIN = 0.01
+# A kernel's parameters are tried in all combinations if there are no more, else one is changed at a time.
+_MOST_COMBINATIONS = 64
 # Elements of a block that a thread of a pairs kernel holds: beyond, unrolled code takes minutes to compile.
 _MOST_ELEMENTS = 128
 _SWITCH = "PAIRS"
@@ -92,7 +95,7 @@ def tune_count(weights: Format, tokens: int) -> tuple[Chosen, dict[str, str], fl
 def _descend(
     call: Callable[[], object], switch: str, switched: int, choices: Choices
 ) -> tuple[float, Chosen, dict[str, str]]:
-    """Change one parameter at a time, keep what is faster, until none is."""
+    """Change a kernel's parameters, keep what is faster, until nothing is."""
     with configs.recorded() as looked_up, configs.forced({switch: {_SWITCH: switched}}):
         best = _time(call, {})
     chosen: Chosen = {kernel: dict(looked_up[kernel][1]) for kernel in choices if kernel in looked_up}
@@ -101,18 +104,22 @@ def _descend(
     while improved:
         improved = False
         for kernel in chosen:
-            for parameter, values in choices[kernel].items():
-                for value in values:
-                    if value == chosen[kernel][parameter]:
-                        continue
-                    candidate = {**chosen, kernel: {**chosen[kernel], parameter: value}}
-                    if kernel.endswith("_pairs") and _elements_a_thread(candidate[kernel]) > _MOST_ELEMENTS:
-                        continue
-                    with configs.forced({switch: {_SWITCH: switched}}):
-                        time = _time(call, candidate)
-                    if time < best * (1 - _GAIN):
-                        best, chosen, improved = time, candidate, True
+            for parameters in _candidates(choices[kernel], chosen[kernel]):
+                if kernel.endswith("_pairs") and _elements_a_thread(parameters) > _MOST_ELEMENTS:
+                    continue
+                candidate = {**chosen, kernel: parameters}
+                with configs.forced({switch: {_SWITCH: switched}}):
+                    time = _time(call, candidate)
+                if time < best * (1 - _GAIN):
+                    best, chosen, improved = time, candidate, True
     return best, chosen, variants
+
+
+def _candidates(choices: Mapping[str, tuple[int, ...]], chosen: Mapping[str, int]) -> Iterable[dict[str, int]]:
+    """Parameters of a kernel to try instead of those chosen."""
+    if math.prod(map(len, choices.values())) <= _MOST_COMBINATIONS:
+        return (dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
+    return ({**chosen, name: value} for name, values in choices.items() for value in values if value != chosen[name])
 
 
 def _time(call: Callable[[], object], parameters: Mapping[str, Mapping[str, int]]) -> float:

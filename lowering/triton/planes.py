@@ -5,6 +5,11 @@ import triton.language as tl
 
 from .dependent_launch import allow_dependents, wait_for_inputs
 
+# The largest fixed-point activation: 127 * 128.
+_LARGEST = tl.constexpr(16256.0)
+# Added and taken away again, it leaves a float below 2**22 rounded to an integer, half to even.
+_ROUNDER = tl.constexpr(12582912.0)
+
 
 @triton.jit(do_not_specialize=["n_rows"])
 def split_planes_kernel(
@@ -26,3 +31,61 @@ def split_planes_kernel(
         i = (item % BLOCKS) * BLOCK + tl.arange(0, BLOCK)[:, None]
         values = tl.load(x + row * x_stride + i * PLANES + plane, mask=i < LENGTH, other=0.0)
         tl.store(planes + row * K + plane * LENGTH + i, values, mask=i < LENGTH)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def fixed_point_planes_kernel(
+    x,
+    planes,
+    scales,
+    n_rows,
+    x_stride,
+    K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    WAIT_FIRST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Rows as 15-bit fixed-point numbers with a scale to every 32 elements, in bytes that an integer dot product takes.
+
+    Element i is (128 * high + low) * scale, with high within +-127 and low from -64 to 63, and an error of at most half
+    a scale: 2**-15 of the largest of the 32.
+
+    Args:
+        x: [n_rows, K], rows x_stride apart; K is a multiple of 32.
+        planes: int32 [n_rows, 4, K / 8], dense. Word w of a plane has a byte of each of four elements 8 w + offset:
+            high bytes of offsets 0, 2, 4, 6; of 1, 3, 5, 7; and the low bytes of both.
+        scales: fp32 [n_rows, 2, K / 32], dense: the scales, then the sums of each 32 numbers.
+        BLOCK_R: runs of 32 elements at a time.
+        WAIT_FIRST: let the next kernel start only when all before this one has ended. It then may read whatever is
+            older than x; else what is older than the kernel that made x.
+        PDL: launched while what made x may still run; the next kernel is launched so, too.
+    """
+    if WAIT_FIRST:
+        wait_for_inputs(PDL)
+    allow_dependents(PDL)
+    wait_for_inputs(PDL)
+    WORDS: tl.constexpr = K // 8
+    RUNS: tl.constexpr = K // 32
+    BLOCKS: tl.constexpr = (RUNS + BLOCK_R - 1) // BLOCK_R
+    offset = tl.arange(0, 8)[None, None, :]
+    for item in range(tl.program_id(0), n_rows * BLOCKS, tl.num_programs(0)):
+        row = tl.cast(item // BLOCKS, tl.int64)
+        run = (item % BLOCKS) * BLOCK_R + tl.arange(0, BLOCK_R)
+        word = run[:, None] * 4 + tl.arange(0, 4)[None, :]
+        mask = word < WORDS
+        at = x + row * x_stride + word[:, :, None] * 8 + offset
+        values = tl.load(at, mask=mask[:, :, None], other=0.0).to(tl.float32)
+        scale = tl.max(tl.max(tl.abs(values), axis=2), axis=1) * (1.0 / _LARGEST)
+        numbers = values / tl.where(scale == 0.0, 1.0, scale)[:, None, None]
+        numbers = (numbers + _ROUNDER - _ROUNDER).to(tl.int32)
+        high = (numbers + 64) >> 7
+        low = numbers - (high << 7)
+        byte = (offset // 2) * 8
+        out = planes + row * (4 * WORDS) + word
+        for parity in tl.static_range(2):
+            taken = offset % 2 == parity
+            tl.store(out + parity * WORDS, tl.sum(tl.where(taken, (high & 255) << byte, 0), axis=2), mask=mask)
+            tl.store(out + (2 + parity) * WORDS, tl.sum(tl.where(taken, (low & 255) << byte, 0), axis=2), mask=mask)
+        total = tl.sum(tl.sum(numbers, axis=2), axis=1).to(tl.float32)
+        tl.store(scales + row * (2 * RUNS) + run, scale, mask=run < RUNS)
+        tl.store(scales + row * (2 * RUNS) + RUNS + run, total, mask=run < RUNS)

@@ -11,6 +11,7 @@ from kernel_checks import DEVICE, assert_close_to_reference, gpu_only, on_device
 
 from moe_fx.lowering.cuda import configs
 from moe_fx.lowering.cuda import experts_int4 as launcher
+from moe_fx.lowering.cuda.device import dependent_launch
 from moe_fx.lowering.cuda.experts_int4 import TUNABLE, experts_int4, experts_int4_refusal
 from moe_fx.lowering.ops import CANONICAL_OPS
 
@@ -204,10 +205,38 @@ def test_forms_for_ascend(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
     """What the NPU's compilers take computes the same; only few pairs are for it."""
     for name in ("gate_up_pairs_int4_kernel", "down_pairs_int4_kernel"):
         monkeypatch.setattr(launcher, name, AscendForm(getattr(launcher, name)))
+    monkeypatch.setattr(
+        launcher, "word_planes", lambda x, launch, dependent, first: (launcher.split_planes(x, 8, dependent), None)
+    )
     given = operands(dtype=dtype, biases=True)
     given["ids"][0, 1], given["ids"][1, 0] = 3, -1
     with configs.forced({**BLOCKS, "experts_int4": {"PAIRS": 100}}):
         check(given)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_fixed_point_activations(dtype: torch.dtype) -> None:
+    """Numbers and scales give back what went in to half a scale, whatever else a row holds; sums are exact."""
+    x = torch.randn(5, 288).to(dtype)
+    x[1, 40] = 3e4  # An outlier concerns its own run of 32 alone.
+    x[2, 64:96] = 0
+    x[3, 96:128] *= 1e-3
+    x[4, 0] = -x[4, 1:32].abs().max() * 2
+    planes, scales = launcher.word_planes(
+        on_device(x), {"BLOCK_R": 4, "num_warps": 1}, dependent_launch(torch.device(DEVICE)), first=True
+    )
+    assert scales is not None
+    parts = planes.cpu().contiguous().view(torch.int8).view(5, 4, 36, 4).int()
+    numbers = torch.empty(5, 36, 8, dtype=torch.int32)
+    for parity in range(2):
+        numbers[:, :, parity::2] = 128 * parts[:, parity] + parts[:, 2 + parity]
+    numbers = numbers.view(5, 9, 32)
+    scale, total = scales.cpu().unbind(1)
+    assert torch.equal(numbers.sum(-1).float(), total)
+    assert numbers.abs().max() == 16256
+    torch.testing.assert_close(scale, x.view(5, 9, 32).abs().amax(-1).float() / 16256, rtol=1e-6, atol=0)
+    error = (numbers.double() * scale.double()[..., None] - x.view(5, 9, 32).double()).abs()
+    assert (error <= 0.5001 * scale.double()[..., None]).all()
 
 
 # --- What the kernels take, and with which parameters -----------------------------------------------------------------
@@ -225,9 +254,9 @@ def test_default_parameters_are_the_tunable_ones(monkeypatch: pytest.MonkeyPatch
         return lookup(kernel, variant, tokens, {**defaults, **BLOCKS.get(kernel, {})}, on)
 
     monkeypatch.setattr(configs, "lookup", record)
-    for tokens in (1, 33, 100):
+    for tokens in (1, 257):
         check(operands(tokens, 32, 32, 1, 1, groups=(32, 32)))
-    check(operands(33, 32, 32, 1, 1, groups=(32, 32), dtype=torch.float32))
+    check(operands(257, 32, 32, 1, 1, groups=(32, 32), dtype=torch.float32))
     check(operands(1, 128, 128, 1, 1, groups=(128, 128)))
     assert {name: set(parameters) for name, parameters in seen.items()} == {
         name: set(parameters) for name, parameters in TUNABLE.items()

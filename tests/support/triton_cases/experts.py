@@ -198,23 +198,26 @@ def _int4_pairs(model: _Model, group: int, zeros: bool, ascend: bool) -> list[Ca
     # On an NPU as many words are scaled together as a group has: short sums would be scalar.
     blocks = {
         **{"GROUP": group, "QUAD": group // 8 if ascend else 4},
-        **{"BLOCK_N": 2, "BLOCK_W": 64 if ascend else 128, "ASCEND": ascend, "PDL": not ascend},
+        **{"BLOCK_N": 2 if ascend else 4, "BLOCK_W": 64 if ascend else 128, "ASM": not ascend, "PDL": not ascend},
     }
+    planes = "*bf16" if ascend else "*i32"
     types = {
-        **{"x_planes": "*bf16", "ids": "*i32", "w13": "*i32", "w13_scale": "*bf16", "w13_zero": "*u8"},
-        **{"h_planes": "*bf16", "n_pairs": "i32", "bias_bits": "i32"},
+        **{"x_planes": planes, "x_scales": "*fp32", "ids": "*i32", "w13": "*i32", "w13_scale": "*bf16"},
+        **{"w13_zero": "*u8", "h": "*bf16", "n_pairs": "i32"},
         **_ACTIVATION,
     }
     up = {"E": model.experts, **_int4_gate_up(model, group, 8), **blocks, **({} if zeros else {"w13_zero": None})}
+    up |= {"x_scales": None} if ascend else {}
     down_types = {
-        **{"h_planes": "*bf16", "weights": "*fp32", "ids": "*i32", "w2": "*i32", "w2_scale": "*bf16", "w2_zero": "*u8"},
-        **{"y": "*bf16", "n_tokens": "i32", "bias_bits": "i32"},
+        **{"h_planes": planes, "h_scales": "*fp32", "weights": "*fp32", "ids": "*i32", "w2": "*i32"},
+        **{"w2_scale": "*bf16", "w2_zero": "*u8", "y": "*bf16", "n_tokens": "i32"},
     }
     down = {
         **{"E": model.experts, "H": model.hidden, "INTER": model.inter, "TOP_K": model.top_k},
         **_int4_strides(model.hidden, model.inter, group, 8),
         **({"b2": None} if zeros else {"b2": None, "w2_zero": None}),
-        **blocks,
+        **{**blocks, "MODEL": "bf16", "ASCEND": ascend},
+        **({"h_scales": None} if ascend else {}),
     }
     return [
         _case(
@@ -288,4 +291,11 @@ CASES = [
     *_int4_tiles(_QWEN, 128, 128, 8, 128, True),
     *_int4_tiles(_QWEN, 16, 64, 4, 32, True),
     *(_split_planes(planes) for planes in (2, 8)),
+    _case(
+        "fixed_point_planes-qwen3_30b",
+        "planes:fixed_point_planes_kernel",
+        {"x": "*bf16", "planes": "*i32", "scales": "*fp32", "n_rows": "i32", "x_stride": "i32"},
+        {"K": 2048, "BLOCK_R": 8, "WAIT_FIRST": True, "PDL": True},
+        cuda_only="made for an instruction of GPUs, the dot product of four bytes",
+    ),
 ]
