@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moe_fx.errors import MoeFxWarning, OptionError
-from moe_fx.lowering.cuda import configs, device
+from moe_fx.lowering.cuda import configs, device, experts, experts_int4
 
 DEFAULTS = {"BLOCK": 16, "num_warps": 4}
 CPU = torch.device("cpu")
@@ -110,3 +110,14 @@ def test_written_files_read_back(tmp_path: Path) -> None:
     assert configs.read(tmp_path / "deep" / "sm_00.json") == table
     assert json.loads((tmp_path / "deep" / "sm_00.json").read_text())["gpu"] == "a GPU"
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["sm_00.json"]
+
+
+@pytest.mark.parametrize("path", sorted(configs.SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_entries_are_of_kernels_and_values_that_exist(path: Path) -> None:
+    choices = {**experts.TUNABLE, **experts_int4.TUNABLE}
+    for kernel, variants in configs.read(path).items():
+        for variant, counts in variants.items():
+            for tokens, entry in counts.items():
+                for name, value in entry.items():
+                    known = name == "PAIRS" or value in choices[kernel][name]
+                    assert known, f"{kernel}/{variant}/{tokens}: {name}={value}"

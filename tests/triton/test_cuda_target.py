@@ -194,21 +194,29 @@ def test_kernels_run_on_the_device_of_their_operands(call: str) -> None:
         assert torch.equal(result.cpu(), want.cpu())
 
 
+def experts_named(count: int) -> dict[str, int]:
+    """A number of experts under each name that a configuration may have for it, or for an alias of it."""
+    return dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), count)
+
+
 # Layers at their models' real shapes: four of them, with a small vocabulary. DeepSeek-V3's take about 100 GiB.
 REAL = {
     "qwen3_moe": dict(
-        hidden_size=2048, moe_intermediate_size=768, num_experts=128, num_experts_per_tok=8, num_attention_heads=32,
+        hidden_size=2048, moe_intermediate_size=768, num_experts_per_tok=8, num_attention_heads=32,
         num_key_value_heads=4, head_dim=128, num_hidden_layers=4, max_position_embeddings=1024,
+        **experts_named(128),
     ),
     "deepseek_v3": dict(
-        hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, n_routed_experts=256,
+        hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
         num_experts_per_tok=8, n_group=8, topk_group=4, num_attention_heads=128, num_key_value_heads=128,
         q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, head_dim=64,
         num_hidden_layers=4, first_k_dense_replace=1, max_position_embeddings=1024,
+        **experts_named(256),
     ),
     "gpt_oss": dict(
-        hidden_size=2880, intermediate_size=2880, num_local_experts=128, num_experts_per_tok=4, num_attention_heads=64,
+        hidden_size=2880, intermediate_size=2880, num_experts_per_tok=4, num_attention_heads=64,
         num_key_value_heads=8, head_dim=64, num_hidden_layers=4, max_position_embeddings=1024,
+        **experts_named(128),
     ),
 }  # fmt: skip
 REAL_GIB = {"qwen3_moe": 10, "deepseek_v3": 110, "gpt_oss": 30}
