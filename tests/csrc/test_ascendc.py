@@ -83,7 +83,9 @@ def test_ascendc_tests_pass(variant: str, tmp_path: Path) -> None:
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count()))
     run(["cmake", "-S", "csrc/ascendc/tests", "-B", str(build), f"-DMOE_FX_SANITIZE={sanitizers}"], timeout=120)
     run(["cmake", "--build", str(build), "--parallel", jobs], timeout=2400)
-    print(run([str(build / "moe_fx_ascendc_tests")], timeout=1800))
+    # Sizes of published models take most of the time, and no path in C++ that small ones do not.
+    skipped = ["--test-case-exclude=experts: shapes of*,experts: Qwen3*"] if sanitizers else []
+    print(run([str(build / "moe_fx_ascendc_tests"), *skipped], timeout=1800))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

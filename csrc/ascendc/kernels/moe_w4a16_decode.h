@@ -1,7 +1,7 @@
 // A layer's int4 experts for at most 8 tokens, in one launch on the vector cores: gate and up, SwiGLU, down, combine.
 //
 //   up      x · w13 of each expert in use      -> partial sums in the workspace
-//   SyncAll: an activation needs all of its column, whose rows several cores have
+//   all cores meet: an activation needs all of its column, whose rows several cores have
 //   down    silu(gate) up weight · w2          -> partial sums in the workspace, all experts of a token together
 //   SyncAll: a result needs all experts and rows
 //   reduce  -> y
@@ -9,7 +9,7 @@
 // Both products go through the shared inner loop. SwiGLU is computed where the down pass takes its rows, from the
 // partial sums; the routing weight is multiplied in there too, so that the sum over experts is a sum over rows like any
 // other. Each expert's weights are read once, for all its tokens. The weights with which the down pass begins are under
-// way while cores wait in the first SyncAll.
+// way while cores wait for each other the first time.
 
 #pragma once
 
@@ -105,6 +105,14 @@ class DownSource {
   PartialSums::Parts gateParts_, upParts_;  // of gate and of up, for the piece that is being brought
 };
 
+// Where all cores have stored what they leave for others. SyncAll would do too, but begins with a barrier of all pipes:
+// nobody would arrive before the weights that are under way do.
+__aicore__ inline void MeetWhenStored() {
+  constexpr uint16_t kFlag = 0;
+  AscendC::CrossCoreSetFlag<0, PIPE_MTE3>(kFlag);
+  AscendC::CrossCoreWaitFlag(kFlag);
+}
+
 // T: half or bfloat16_t, of x, scales, offsets and y; W: float or T, of the routing weights. Offsets are not touched
 // where the tiling says there are none.
 template <typename T, typename W>
@@ -144,7 +152,7 @@ __aicore__ inline void MoeW4A16Decode(GM_ADDR x, GM_ADDR weights, GM_ADDR ids, G
   DownSource downSource;
   downSource.Init(&routing, upSums, tiling.up, tokens);
   stream.Start(tiling.down, down, downSums, downSource, w2, w2Scale, w2Offset);
-  AscendC::SyncAll();
+  MeetWhenStored();
   stream.Run(downSource);
   AscendC::SyncAll();
   stream.Reduce(y);

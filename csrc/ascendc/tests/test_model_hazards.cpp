@@ -414,6 +414,37 @@ TEST_CASE("a cross-core flag releases what its pipe did, and no more") {
   });
 }
 
+TEST_CASE("who waited for a cross-core flag is ordered after his own share too") {
+  check_seeded(FaultKind::kMissingWait, [](bool broken) {
+    Device device;
+    const auto x = device.inout("x", std::vector<float>(kCount, 1.0f));
+    return device.launch(1, [&] {
+      TPipe pipe;
+      const auto a = local<float>(pipe, kCount);
+      const auto b = local<float>(pipe, kCount);
+      Duplicate(a, 2.0f, kCount);
+      SetFlag<HardEvent::V_MTE3>(EVENT_ID0);
+      WaitFlag<HardEvent::V_MTE3>(EVENT_ID0);
+      DataCopy(global<float>(x.gm(), kCount), a, kCount);
+      if (broken) {
+        CrossCoreSetFlag<0, PIPE_MTE2>(3);
+      } else {
+        CrossCoreSetFlag<0, PIPE_MTE3>(3);
+      }
+      CrossCoreWaitFlag(3);
+      DataCopy(b, global<float>(x.gm(), kCount), kCount);
+    });
+  });
+}
+
+TEST_CASE("a kernel names the cross-core flags 0 to 10") {
+  check_seeded_alone(FaultKind::kEventRange, [](bool broken) {
+    const uint16_t flag = broken ? 11 : 10;
+    CrossCoreSetFlag<0, PIPE_MTE3>(flag);
+    CrossCoreWaitFlag(flag);
+  });
+}
+
 TEST_CASE("two cores do not write the same memory, unless atomically") {
   check_seeded(FaultKind::kCoreRace, [](bool broken) {
     Device device;

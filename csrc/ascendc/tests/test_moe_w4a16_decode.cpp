@@ -167,6 +167,19 @@ TEST_CASE("experts: shapes of published models") {
   check(Experts<half>({8, 1, 2, 7168, 2048, 64, false}, Choice::shared), 40);
 }
 
+TEST_CASE("experts: shapes of published models at 1 to 8 tokens, in every group size with and without offsets") {
+  for (const auto& [hidden, intermediate] : {std::tuple{2048u, 768u}, {4096u, 1536u}, {3072u, 1536u}, {7168u, 2048u}}) {
+    for (uint32_t tokens = 1; tokens <= kMaxTokens; ++tokens) {
+      const MoeW4A16DecodeShape shape{tokens, 1, 1, hidden, intermediate, 32u << tokens % 3, tokens % 2 == 0};
+      if (tokens % 4 < 2) {
+        check(Experts<bfloat16_t>(shape));
+      } else {
+        check(Experts<half>(shape), 40);
+      }
+    }
+  }
+}
+
 TEST_CASE("experts: tokens, groups, offsets and types") {
   for (uint32_t tokens = 1; tokens <= kMaxTokens; ++tokens) {
     for (const uint32_t group : {32u, 64u, 128u}) {

@@ -25,7 +25,7 @@ enum class FaultKind {
   kMaskRange,       // a mask of no lane, or of more lanes than a repeat has
   kRoundMode,       // a Cast with a rounding mode its types do not have
   kOverlap,         // operands that overlap without being the same
-  kEventRange,      // an event id outside 0..5, or more events at once than there are
+  kEventRange,      // an event id outside 0..5, a cross-core flag outside 0..10, or more events than there are
   kUnbalancedFlag,  // SetFlag on a set flag, WaitFlag on an unset one, a flag left set at the end
   kAtomicType,      // a store under SetAtomicAdd of another type
   kAtomicLeftOn,    // atomic mode still set at the end of the kernel

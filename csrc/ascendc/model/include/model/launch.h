@@ -134,6 +134,9 @@ class Launch {
     for (int other = 0; other < cores; ++other) {
       if (arrivals_[flag][other].size() > round) join(core.known[other], arrivals_[flag][other][round]);
     }
+    // The scalar unit waits, so what the core itself did before it arrived is over for all that it issues from here on.
+    const auto& own = arrivals_[flag][core.index];
+    if (own.size() > round) core.clocks.wait(kScalar, own[round]);
     fiber.ready = [] { return true; };
     core.phases.push_back(core.counters);
     core.counters = {};

@@ -106,8 +106,17 @@ inline void release_event(AscendC::HardEvent event, int id) {
   core().allocated_events[static_cast<int>(event)] &= static_cast<uint8_t>(~(1 << id));
 }
 
-// Cross-core flags 0..15 are the kernel's; SyncAll has one of its own for each number of cores.
+// Cross-core flags 0..10 are the kernel's, the rest of the sixteen CANN's own. Here SyncAll has one for each number of
+// cores.
+inline constexpr int kUserCoreFlags = 11;
 inline constexpr int kSyncAllFlag = 1000;
+
+inline bool check_core_flag(const char* op, int flag) {
+  if (flag < kUserCoreFlags) return true;
+  core().fault(FaultKind::kEventRange, op,
+               "cross-core flag " + std::to_string(flag) + " is not in 0.." + std::to_string(kUserCoreFlags - 1));
+  return false;
+}
 
 inline void sync_cores(int cores, const char* op) {
   Core& running_core = core();
@@ -183,7 +192,9 @@ __aicore__ inline void SyncAll(const GlobalTensor<int32_t>& gmWorkspace, const L
 template <uint8_t modeId, pipe_t pipe>
 __aicore__ inline void CrossCoreSetFlag(uint16_t flagId) {
   static_assert(modeId == 0, "cores of this project meet in mode 0");
+  static_assert(pipe == PIPE_V || pipe == PIPE_MTE2 || pipe == PIPE_MTE3, "a pipe of the vector core sets the flag");
   using namespace ascendc_model;
+  if (!check_core_flag("CrossCoreSetFlag", flagId)) return;
   core().launch.arrive(core(), flagId, core().clocks.flag(pipe_of(pipe)));
 }
 
@@ -191,6 +202,7 @@ template <uint8_t modeId = 0, pipe_t pipe = PIPE_S>
 __aicore__ inline void CrossCoreWaitFlag(uint16_t flagId) {
   static_assert(modeId == 0, "cores of this project meet in mode 0");
   using namespace ascendc_model;
+  if (!check_core_flag("CrossCoreWaitFlag", flagId)) return;
   core().launch.wait(core(), flagId, core().blocks, "CrossCoreWaitFlag");
 }
 
