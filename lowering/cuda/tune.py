@@ -1,7 +1,8 @@
 """Finding launch parameters of the expert kernels by measurement, for the file that ``configs`` reads.
 
-For each token count, the kernels for few pairs and those over tiles are tuned apart, by coordinate descent over the
-values that the launchers offer (``TUNABLE``), on the time of the whole call; the faster of the two becomes the entry.
+For each token count, the kernels for few pairs and those over tiles are tuned apart, a kernel at a time until none gets
+faster, over the values that the launchers offer (``TUNABLE``), on the time of the whole call; the faster of the two
+becomes the entry.
 """
 
 from __future__ import annotations
@@ -104,7 +105,10 @@ def _descend(
     while improved:
         improved = False
         for kernel in chosen:
-            for parameters in _candidates(choices[kernel], chosen[kernel]):
+            for change in _changes(choices[kernel]):
+                parameters = {**chosen[kernel], **change}
+                if parameters == chosen[kernel]:
+                    continue
                 if kernel.endswith("_pairs") and _elements_a_thread(parameters) > _MOST_ELEMENTS:
                     continue
                 candidate = {**chosen, kernel: parameters}
@@ -115,11 +119,11 @@ def _descend(
     return best, chosen, variants
 
 
-def _candidates(choices: Mapping[str, tuple[int, ...]], chosen: Mapping[str, int]) -> Iterable[dict[str, int]]:
-    """Parameters of a kernel to try instead of those chosen."""
+def _changes(choices: Mapping[str, tuple[int, ...]]) -> Iterable[dict[str, int]]:
+    """What to change of a kernel's parameters, one try at a time."""
     if math.prod(map(len, choices.values())) <= _MOST_COMBINATIONS:
         return (dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values()))
-    return ({**chosen, name: value} for name, values in choices.items() for value in values if value != chosen[name])
+    return ({name: value} for name, values in choices.items() for value in values)
 
 
 def _time(call: Callable[[], object], parameters: Mapping[str, Mapping[str, int]]) -> float:

@@ -2,7 +2,8 @@
 
 A launch with ``launch_pdl=True`` may start once every program of the kernel before has called ``allow_dependents`` or
 ended. Until ``wait_for_inputs`` returns, its programs may read only what is older than that kernel, and write nothing.
-Hopper and later; elsewhere both are compiled to nothing (PDL false).
+Every program must wait, even with nothing to do: the next kernel waits for the end of this one alone, and takes it for
+the end of all before it. Hopper and later; elsewhere both are compiled to nothing (PDL false).
 """
 
 import triton

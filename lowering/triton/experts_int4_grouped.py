@@ -11,9 +11,8 @@ import triton.language as tl
 
 from .activation import activate
 from .experts_grouped import tile_and_block
+from .experts_int4_pairs import MIDDLE_NIBBLE, add_bias
 
-# The nibble that stands for zero where there are no zero points.
-_MIDDLE = tl.constexpr(8.0)
 # The bits of the fp32 number 2**23, whose last bit counts ones: with a nibble put there it is 2**23 + nibble.
 _BIAS_BITS = tl.constexpr(0x4B000000)
 _BIAS = tl.constexpr(8388608.0)
@@ -32,18 +31,8 @@ def nibbles(packed, zero):
 def scale_and_zero(scale_at, zero_at, group, mask, S_K: tl.constexpr, Z_K: tl.constexpr):
     """Scales of groups and their zero points, as fp32."""
     scale = tl.load(scale_at + group * S_K, mask=mask, other=0.0).to(tl.float32)
-    zero = _MIDDLE if zero_at is None else tl.load(zero_at + group * Z_K, mask=mask, other=0).to(tl.float32)
+    zero = MIDDLE_NIBBLE if zero_at is None else tl.load(zero_at + group * Z_K, mask=mask, other=0).to(tl.float32)
     return scale, zero
-
-
-@triton.jit
-def add_bias(value, bias, expert, row, mask, B_E: tl.constexpr, model: tl.constexpr):
-    """fp32 values rounded to the model's dtype, plus a bias, rounded again."""
-    value = value.to(model).to(tl.float32)
-    if bias is not None:
-        value += tl.load(bias + expert.to(tl.int64) * B_E + row, mask=mask, other=0.0).to(tl.float32)
-        value = value.to(model).to(tl.float32)
-    return value
 
 
 @triton.jit

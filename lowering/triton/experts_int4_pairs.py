@@ -20,21 +20,7 @@ from .activation import activate
 from .dependent_launch import allow_dependents, wait_for_inputs
 
 # The nibble that stands for zero where there are no zero points.
-_MIDDLE = tl.constexpr(8.0)
-
-
-@triton.jit
-def eight_planes(at, mask, PLANE: tl.constexpr):
-    """The activations at ``at`` and at the same place of the seven planes that follow, PLANE elements apart."""
-    x0 = tl.load(at, mask=mask, other=0.0)
-    x1 = tl.load(at + PLANE, mask=mask, other=0.0)
-    x2 = tl.load(at + 2 * PLANE, mask=mask, other=0.0)
-    x3 = tl.load(at + 3 * PLANE, mask=mask, other=0.0)
-    x4 = tl.load(at + 4 * PLANE, mask=mask, other=0.0)
-    x5 = tl.load(at + 5 * PLANE, mask=mask, other=0.0)
-    x6 = tl.load(at + 6 * PLANE, mask=mask, other=0.0)
-    x7 = tl.load(at + 7 * PLANE, mask=mask, other=0.0)
-    return x0, x1, x2, x3, x4, x5, x6, x7
+MIDDLE_NIBBLE = tl.constexpr(8.0)
 
 
 @triton.jit
@@ -139,7 +125,7 @@ def scaled(sums, total, x_scale, scale, zero, MIDDLE: tl.constexpr, FIXED: tl.co
     Args:
         total, x_scale: of ``activations``. MIDDLE: whether 8 is the zero point, whatever ``zero`` is.
     """
-    sums -= (_MIDDLE if MIDDLE else zero.to(tl.float32)) * total
+    sums -= (MIDDLE_NIBBLE if MIDDLE else zero.to(tl.float32)) * total
     sums *= scale.to(tl.float32)
     if FIXED:
         sums *= x_scale
@@ -263,6 +249,8 @@ def gate_up_pairs_int4_kernel(
             up_value = add_bias(up_value, b13 if GATED else None, expert, UP_AT + channel * STEP, mask, B_E, model)
             activated = activate(gate_value, up_value, ACT, GATED, alpha, limit, HAS_LIMIT)
             tl.store(h + pair.to(tl.int64) * INTER + channel, activated.to(model), mask=mask)
+    # For programs without an expert; see dependent_launch.
+    wait_for_inputs(PDL)
 
 
 @triton.jit(do_not_specialize=["n_tokens"])

@@ -9,6 +9,9 @@ from .dependent_launch import allow_dependents, wait_for_inputs
 _LARGEST = tl.constexpr(16256.0)
 # Added and taken away again, it leaves a float below 2**22 rounded to an integer, half to even.
 _ROUNDER = tl.constexpr(12582912.0)
+_ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
+# The bits of 2**-111: of what is smaller, the scale would be subnormal, and too coarse to divide by.
+_LEAST_BITS = tl.constexpr(0x08000000)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -48,7 +51,8 @@ def fixed_point_planes_kernel(
     """Rows as 15-bit fixed-point numbers with a scale to every 32 elements, in bytes that an integer dot product takes.
 
     Element i is (128 * high + low) * scale, with high within +-127 and low from -64 to 63, and an error of at most half
-    a scale: 2**-15 of the largest of the 32.
+    a scale: 2**-15 of the largest of the 32. Where one of the 32 is inf or NaN, so is the scale, and all numbers are 0:
+    what they meet becomes NaN.
 
     Args:
         x: [n_rows, K], rows x_stride apart; K is a multiple of 32.
@@ -75,8 +79,12 @@ def fixed_point_planes_kernel(
         mask = word < WORDS
         at = x + row * x_stride + word[:, :, None] * 8 + offset
         values = tl.load(at, mask=mask[:, :, None], other=0.0).to(tl.float32)
-        scale = tl.max(tl.max(tl.abs(values), axis=2), axis=1) * (1.0 / _LARGEST)
-        numbers = values / tl.where(scale == 0.0, 1.0, scale)[:, None, None]
+        # As integers, absolute values keep their order, and NaN is above all; a maximum of floats would pass over it.
+        bits = values.to(tl.int32, bitcast=True) & _ABSOLUTE_BITS
+        largest = tl.maximum(tl.max(tl.max(bits, axis=2), axis=1), _LEAST_BITS)
+        scale = largest.to(tl.float32, bitcast=True) * (1.0 / _LARGEST)
+        divisor = scale[:, None, None]
+        numbers = tl.where(divisor < float("inf"), values / divisor, 0.0)
         numbers = (numbers + _ROUNDER - _ROUNDER).to(tl.int32)
         high = (numbers + 64) >> 7
         low = numbers - (high << 7)

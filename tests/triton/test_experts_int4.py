@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -214,6 +215,20 @@ def test_forms_for_ascend(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -
         check(given)
 
 
+def fixed_point(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Numbers of rows [n, K], put together from their bytes, by runs of 32; the runs' scales, and their sums."""
+    n, width = x.shape
+    planes, scales = launcher.word_planes(
+        on_device(x), {"BLOCK_R": 4, "num_warps": 1}, dependent_launch(torch.device(DEVICE)), first=True
+    )
+    assert scales is not None
+    parts = planes.cpu().contiguous().view(torch.int8).view(n, 4, width // 8, 4).int()
+    numbers = torch.empty(n, width // 8, 8, dtype=torch.int32)
+    for parity in range(2):
+        numbers[:, :, parity::2] = 128 * parts[:, parity] + parts[:, 2 + parity]
+    return numbers.view(n, width // 32, 32), *scales.cpu().unbind(1)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_fixed_point_activations(dtype: torch.dtype) -> None:
     """Numbers and scales give back what went in to half a scale, whatever else a row holds; sums are exact."""
@@ -222,21 +237,45 @@ def test_fixed_point_activations(dtype: torch.dtype) -> None:
     x[2, 64:96] = 0
     x[3, 96:128] *= 1e-3
     x[4, 0] = -x[4, 1:32].abs().max() * 2
-    planes, scales = launcher.word_planes(
-        on_device(x), {"BLOCK_R": 4, "num_warps": 1}, dependent_launch(torch.device(DEVICE)), first=True
-    )
-    assert scales is not None
-    parts = planes.cpu().contiguous().view(torch.int8).view(5, 4, 36, 4).int()
-    numbers = torch.empty(5, 36, 8, dtype=torch.int32)
-    for parity in range(2):
-        numbers[:, :, parity::2] = 128 * parts[:, parity] + parts[:, 2 + parity]
-    numbers = numbers.view(5, 9, 32)
-    scale, total = scales.cpu().unbind(1)
+    numbers, scale, total = fixed_point(x)
     assert torch.equal(numbers.sum(-1).float(), total)
     assert numbers.abs().max() == 16256
-    torch.testing.assert_close(scale, x.view(5, 9, 32).abs().amax(-1).float() / 16256, rtol=1e-6, atol=0)
+    # Zeros have the least scale of all.
+    torch.testing.assert_close(scale, x.view(5, 9, 32).abs().amax(-1).float() / 16256, rtol=1e-6, atol=1e-37)
     error = (numbers.double() * scale.double()[..., None] - x.view(5, 9, 32).double()).abs()
     assert (error <= 0.5001 * scale.double()[..., None]).all()
+
+
+@pytest.mark.parametrize("exponent", [-112, -119, -126, -130, -133])
+def test_the_smallest_activations_keep_their_signs(exponent: int) -> None:
+    """Down to the last subnormal number: a scale too coarse to divide by would let bytes overflow."""
+    x = (torch.tensor([1.0, -1.0, 0.0, 0.5] * 8) * 2.0**exponent).bfloat16()[None]
+    numbers, scale, total = fixed_point(x)
+    assert torch.equal(numbers.sum(-1).float(), total)
+    error = (numbers.double() * scale.double()[..., None] - x.double()[:, None]).abs()
+    assert (error <= 0.5001 * scale.double()[..., None]).all()
+    assert scale.item() < 1e-37
+
+
+@pytest.mark.parametrize("broken", [math.nan, -math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_broken_activation_breaks_its_token_and_no_other(dtype: torch.dtype, broken: float, path: str) -> None:
+    """Among finite neighbours it must not vanish in a maximum or a conversion to integers."""
+    given = operands(dtype=dtype)
+    given["x"][1, 37] = broken
+    args = {name: on_device(value) for name, value in given.items()}
+    y, wanted = experts_int4(**args), CANONICAL_OPS["experts_int4"].reference(**args)
+    assert not wanted[1].isfinite().any() and not y[1].isfinite().any()
+    assert torch.equal(y[[0, 2]], experts_int4(**{**args, "x": args["x"].nan_to_num(0, 0, 0)})[[0, 2]])
+    assert y[[0, 2]].isfinite().all()
+
+
+def test_broken_weights_of_pairs_without_an_expert_are_not_used(path: str) -> None:
+    given = operands(biases=True)
+    given["ids"][0, 1], given["ids"][1, 0] = 3, -1
+    given["weights"][0, 1], given["weights"][1, 0] = math.nan, math.inf
+    y = check(given)
+    assert y.isfinite().all()
 
 
 # --- What the kernels take, and with which parameters -----------------------------------------------------------------

@@ -233,25 +233,45 @@ MODES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("biased", [False, True])
-def test_ids_of_broken_logits_are_distinct_and_in_range(mode: str, biased: bool, form: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ids_of_broken_logits_are_distinct_and_in_range(dtype: torch.dtype, mode: str, biased: bool, form: str) -> None:
     nan, inf = math.nan, math.inf
     rows = [[nan] * 24, [inf] * 24, [-inf] * 24, [0.0] * 24, [-0.0, 0.0] * 12, [nan, inf, -inf, 1.0] * 6]
     rows.append([-nan] + [2.0] * 23)
-    logits = on_device(torch.tensor(rows))
+    logits = on_device(torch.tensor(rows).to(dtype))
     bias = on_device(torch.zeros(24)) if biased else None
     _, ids = gating.route(logits, bias, top_k=7, **MODES[mode])
     for row in ids.tolist():
         assert len(set(row)) == 7 and min(row) >= 0 and max(row) < 24
 
 
-def test_zeros_of_either_sign_are_equal(form: str) -> None:
-    logits = on_device(torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0, -2.0]]))
+@pytest.mark.parametrize("n_group", [1, 2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_broken_logits_break_the_weights_that_they_break_in_torch(dtype: torch.dtype, n_group: int, form: str) -> None:
+    """Also where only the chosen experts' exponentials are summed."""
+    nan, inf, low = math.nan, math.inf, -math.inf
+    logits = torch.randn(7, 16)
+    logits[0, 5], logits[1, 5], logits[2, 5] = nan, inf, low
+    logits[3, :14], logits[4], logits[5] = low, low, inf
+    logits[6, :8], logits[6, 11] = low, nan
+    logits = on_device(logits.to(dtype))
+    kwargs = dict(top_k=3, n_group=n_group, topk_group=(n_group + 1) // 2)
+    for renormalize in ("eps", "none"):
+        weights, _ = gating.route(logits, **kwargs, renormalize=renormalize)
+        wanted, _ = ROUTE.reference(logits, **kwargs, renormalize=renormalize)
+        assert_within("route", weights, wanted, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_of_either_sign_are_equal(dtype: torch.dtype, form: str) -> None:
+    logits = on_device(torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0, -2.0]]).to(dtype))
     assert gating.route(logits, top_k=3)[1].tolist() == [[1, 2, 3]]
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_nan_is_above_everything_as_in_torch(order: str, form: str) -> None:
-    logits = torch.randn(4, 16)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_is_above_everything_as_in_torch(dtype: torch.dtype, order: str, form: str) -> None:
+    logits = untied(torch.empty(4, 16, dtype=dtype))
     logits[:, 9] = torch.tensor([math.nan, math.nan, -math.nan, -math.nan])
     if form == "keys":
         logits[1, 3] = math.inf
@@ -264,7 +284,7 @@ def test_nan_is_above_everything_as_in_torch(order: str, form: str) -> None:
 @pytest.mark.parametrize("num_valid", [0, 1, 6, 7, 9])
 @pytest.mark.parametrize("int_dtype", [torch.int32, torch.int64], ids=str)
 def test_padding_tokens(num_valid: int, int_dtype: torch.dtype, form: str) -> None:
-    logits = on_device(untied(torch.empty(7, 16)))
+    logits = on_device(untied(torch.empty(7, 16, dtype=torch.bfloat16)))
     valid = on_device(torch.tensor(num_valid, dtype=int_dtype))
     for block_t in (1, 4):
         with configs.forced({"gating": {"BLOCK_T": block_t, "WAVES": 1, "num_warps": 4}}):

@@ -76,6 +76,32 @@ def test_a_gain_within_noise_is_no_reason_to_change(monkeypatch: pytest.MonkeyPa
     assert chosen["op_tiles"] == {"BLOCK": 16}
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_small_space_is_tried_whole_and_a_large_one_along_its_axes(
+    monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    blocks = tuple(range(16, 16 + (32 if whole else 33)))
+    choices = {"op": {"PAIRS": (0,)}, "op_tiles": {"BLOCK": blocks, "num_warps": (1, 2)}}
+
+    def cost(given: dict[str, dict[str, int]]) -> float:
+        return 10.0 if given["op_tiles"] == {"BLOCK": 20, "num_warps": 2} else 100.0
+
+    Timed(monkeypatch, cost)
+    weights = tune.Format(choices, 4, lambda tokens: lambda: looked_up("op_tiles", BLOCK=16, num_warps=1))
+    chosen, _, microseconds = tune.tune_count(weights, 65)
+    assert (microseconds, chosen["op_tiles"]["BLOCK"]) == ((10, 20) if whole else (100, 16))
+
+
+def test_what_was_gained_along_one_axis_is_kept_along_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices = {"op": {"PAIRS": (0,)}, "op_tiles": {"BLOCK": tuple(range(16, 49)), "num_warps": (1, 2)}}
+    timed = Timed(monkeypatch, lambda given: 100.0 - given["op_tiles"]["BLOCK"] - 4 * given["op_tiles"]["num_warps"])
+    weights = tune.Format(choices, 4, lambda tokens: lambda: looked_up("op_tiles", BLOCK=16, num_warps=1))
+    chosen, _, _ = tune.tune_count(weights, 65)
+    assert chosen["op_tiles"] == {"BLOCK": 48, "num_warps": 2}
+    # The start, and two rounds of 33 + 2 values, of which those in force are not measured again.
+    assert len(timed.seen) <= 1 + 2 * 35
+
+
 def test_what_does_not_fit_the_device_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.runtime.errors import OutOfResources
 

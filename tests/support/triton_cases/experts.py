@@ -10,7 +10,7 @@ _INT4_CHUNK = 128
 _TENSOR_CORES = (
     "int4 weights meet a tensor core in registers, which an NPU's cube unit does not read: it takes L1 alone"
 )
-_PLANES = "only the tiles of int4 read planes, and they are not for Ascend"
+_PLANES = "only the tiles of int4 read two planes, and they are not for Ascend"
 _SPLIT = "several pairs at a time need 64-bit vectors, and gate and up are split in registers"
 _ALONE = "the form that takes one pair at a time and reads gate and up apart"
 
@@ -203,19 +203,23 @@ def _int4_pairs(model: _Model, group: int, zeros: bool, ascend: bool) -> list[Ca
     planes = "*bf16" if ascend else "*i32"
     types = {
         **{"x_planes": planes, "x_scales": "*fp32", "ids": "*i32", "w13": "*i32", "w13_scale": "*bf16"},
-        **{"w13_zero": "*u8", "h": "*bf16", "n_pairs": "i32"},
+        **{"w13_zero": "*u8", "b13": "*bf16", "h": "*bf16", "n_pairs": "i32"},
         **_ACTIVATION,
     }
     up = {"E": model.experts, **_int4_gate_up(model, group, 8), **blocks, **({} if zeros else {"w13_zero": None})}
     up |= {"x_scales": None} if ascend else {}
+    biased = zeros and not ascend
+    if biased:
+        del up["b13"]
     down_types = {
         **{"h_planes": planes, "h_scales": "*fp32", "weights": "*fp32", "ids": "*i32", "w2": "*i32"},
-        **{"w2_scale": "*bf16", "w2_zero": "*u8", "y": "*bf16", "n_tokens": "i32"},
+        **{"w2_scale": "*bf16", "w2_zero": "*u8", "b2": "*bf16", "y": "*bf16", "n_tokens": "i32"},
     }
     down = {
         **{"E": model.experts, "H": model.hidden, "INTER": model.inter, "TOP_K": model.top_k},
         **_int4_strides(model.hidden, model.inter, group, 8),
-        **({"b2": None} if zeros else {"b2": None, "w2_zero": None}),
+        **({} if zeros else {"w2_zero": None}),
+        **({} if biased else {"b2": None}),
         **{**blocks, "MODEL": "bf16", "ASCEND": ascend},
         **({"h_scales": None} if ascend else {}),
     }
