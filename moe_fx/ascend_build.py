@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from moe_fx import __version__
 from moe_fx.ascend_library import FILE_NAME, default_path
 from moe_fx.errors import MissingToolchainError
 
@@ -58,7 +59,11 @@ def build(
         folder = build_dir or Path(temporary)
         log(f"CANN {cann}")
         log(f"building {sources} in {folder}")
-        options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
+        options = [
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DMOE_FX_VERSION={__version__}",
+            "-DCMAKE_BUILD_TYPE=Release",
+        ]
         if (config := _asc_config(cann)) is not None:
             options.append(f"-DASC_DIR={config.parent}")
         _run([cmake, "-S", str(sources), "-B", str(folder), *options], cann)
@@ -108,7 +113,9 @@ def _sources() -> Path:
 
 
 def _cmake() -> str:
-    cmake = shutil.which("cmake")
+    # Beside Python too: an environment need not be activated to be used.
+    places = (os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent))
+    cmake = shutil.which("cmake", path=os.pathsep.join(places))
     if cmake is None:
         raise MissingToolchainError("cmake is not found; pip install cmake (3.21 or later)")
     return cmake

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -45,9 +46,16 @@ def test_a_folder_that_is_no_toolkit(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_without_cmake(cann: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name, path: None)
     with pytest.raises(MissingToolchainError, match="cmake is not found"):
         ascend_build.build()
+
+
+def test_cmake_of_an_environment_that_is_not_activated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    (tmp_path / "cmake").touch(mode=0o755)
+    assert ascend_build._cmake() == str(tmp_path / "cmake")
 
 
 def test_without_torch_npu(cann: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from moe_fx import __version__
 from moe_fx.ascend_library import VARIABLE, default_path, named_path
 from moe_fx.errors import MissingToolchainError
 
@@ -43,7 +44,8 @@ def loaded() -> Path | None:
     """The library, loaded; None where there is none.
 
     Raises:
-        MissingToolchainError: the variable names a file that is not there, or the library cannot be loaded.
+        MissingToolchainError: the variable names a file that is not there, the library cannot be loaded, or it is of
+            another release of moe-fx.
     """
     named = named_path()
     library = named or default_path()
@@ -58,4 +60,10 @@ def loaded() -> Path | None:
             f"the Ascend C kernel library {library} cannot be loaded ({error.__cause__ or error}); build it for this "
             f"CANN and torch_npu with `moe-fx build-ascend`, or remove it"
         ) from error
+    version = getattr(torch.ops.moe_fx_ascend, "library_version", None)
+    if version is None or version() != __version__:
+        raise MissingToolchainError(
+            f"the Ascend C kernel library {library} is not of moe-fx {__version__}; build it anew with "
+            f"`moe-fx build-ascend`, or remove it"
+        )
     return library

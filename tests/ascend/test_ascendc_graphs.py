@@ -1,7 +1,8 @@
 """A layer with int4 experts through moe_ascend and torchair, with the Ascend C kernels on the host model beneath.
 
 Decode (at most 8 tokens) takes the project's own operator, more tokens the grouped product; both read one copy of the
-weights. The reference is the same layer on the CPU.
+weights. The reference is the same layer on the CPU. On hardware the results are compared; what the stand-in counts and
+finds is not there.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from compiling import compile_with_report, relative_error
 from host_cann import eager_kernels, ge_interpreter
 from lowered_op import kernel
+from npu_report import note, on_hardware
 
 from moe_fx.lowering import prepared_inputs
 from moe_fx.lowering.ascend import kernel_library, w4a16
@@ -67,12 +69,20 @@ def kernels_of(run, kind="experts"):
 
 def close(got, want):
     assert got.dtype == want.dtype
-    return relative_error(got.cpu(), want) < BOUND[want.dtype]
+    return note(relative_error(got.cpu(), want)) < BOUND[want.dtype]
 
 
+@pytest.fixture
+def in_mode(kernels, mode):
+    """The library, with an operator for the mode."""
+    if mode == "ge" and not w4a16.is_in_ge():
+        pytest.skip("this CANN takes no operators as libraries into GE graphs")
+
+
+@pytest.mark.npu
 @pytest.mark.parametrize("tokens", [1, 2, 5, 8])
 @pytest.mark.parametrize("mode", MODES)
-def test_few_tokens_take_the_kernel(kernels, mode, tokens):
+def test_few_tokens_take_the_kernel(in_mode, mode, tokens):
     dtype = torch.float16 if tokens == 2 else torch.bfloat16
     layer, x = Layer(dtype, zeros=tokens != 5), torch.randn(2, tokens, HIDDEN).to(dtype)
     want = [layer(rows) for rows in x]
@@ -80,10 +90,11 @@ def test_few_tokens_take_the_kernel(kernels, mode, tokens):
     for rows, result in zip(x, want, strict=True):
         assert close(run(rows.npu()), result)
     assert kernels_of(run) == [OWN]
-    if mode == "ge":
+    if mode == "ge" and not on_hardware():
         assert ge_interpreter.COUNTS["MoeFxExpertsW4A16"] == 2 and not ge_interpreter.COUNTS["GroupedMatmul"]
 
 
+@pytest.mark.npu
 @pytest.mark.parametrize("group", [64, 128])
 def test_group_sizes(kernels, group):
     layer, x = Layer(torch.bfloat16, group=group, inner=128), torch.randn(3, HIDDEN).bfloat16()
@@ -92,6 +103,7 @@ def test_group_sizes(kernels, group):
     assert close(run(x.npu()), want) and kernels_of(run) == [OWN]
 
 
+@pytest.mark.npu
 @pytest.mark.parametrize("mode", MODES)
 def test_more_tokens_take_the_grouped_product(kernels, mode):
     layer, x = Layer(torch.bfloat16), torch.randn(9, HIDDEN).bfloat16()
@@ -101,8 +113,9 @@ def test_more_tokens_take_the_grouped_product(kernels, mode):
     assert kernels_of(run) == ["torch_npu grouped_matmul (W4A16) + swiglu + finalize_routing"]
 
 
+@pytest.mark.npu
 @pytest.mark.parametrize("mode", MODES)
-def test_a_dynamic_number_of_tokens(kernels, mode):
+def test_a_dynamic_number_of_tokens(in_mode, mode):
     """One graph for all token counts that the kernel takes, if the user bounds them; otherwise the grouped product."""
     layer = Layer(torch.bfloat16)
     x = torch.randn(16, HIDDEN).bfloat16()
@@ -121,8 +134,9 @@ def test_a_dynamic_number_of_tokens(kernels, mode):
     assert "grouped_matmul" in kernel
 
 
+@pytest.mark.npu
 @pytest.mark.parametrize("mode", MODES)
-def test_pairs_without_an_expert_take_no_part(kernels, mode):
+def test_pairs_without_an_expert_take_no_part(in_mode, mode):
     layer, x = Layer(torch.bfloat16, masked=True), torch.randn(6, HIDDEN).bfloat16()
     want = layer(x)
     run = compiled(layer, mode)
@@ -171,6 +185,7 @@ def test_a_fault_in_a_graph_is_an_error(kernels, mode, monkeypatch):
     assert "the host model found faults in moe_w4a16_decode_bfloat16" in said
 
 
+@pytest.mark.npu
 def test_a_router_that_torch_npu_has_no_operator_for(kernels):
     layer, x = Layer(torch.bfloat16, score="sqrtsoftplus"), torch.randn(6, HIDDEN).bfloat16()
     want = layer(x)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,7 +44,7 @@ def test_the_command_tells_where_it_wrote(monkeypatch, tmp_path, capsys):
             (tmp_path / "build" / "libmoe_fx_ascendc.so").write_bytes(b"built")
 
     monkeypatch.setenv("ASCEND_HOME_PATH", str(TOOLKIT))
-    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name, path: name)
     monkeypatch.setattr(ascend_build, "_run", run)
     (tmp_path / "build").mkdir()
     output = tmp_path / "kernels.so"
@@ -111,6 +113,43 @@ def test_a_library_that_cannot_be_loaded_names_the_way_out(monkeypatch, tmp_path
         MissingToolchainError, match=r"broken\.so cannot be loaded .*: .*; build it .*moe-fx build-ascend"
     ):
         kernel_library.loaded.__wrapped__()
+
+
+def test_a_library_of_another_release_is_not_used(kernels, monkeypatch):
+    monkeypatch.setattr(kernel_library, "__version__", "0.0.1")
+    with pytest.raises(
+        MissingToolchainError, match=r"is not of moe-fx 0\.0\.1; build it anew with `moe-fx build-ascend`"
+    ):
+        kernel_library.loaded.__wrapped__()
+
+
+# The graph of a hit is not lowered, and so nobody asks whether its operators have kernels.
+FROM_CACHE = """
+import host_cann.preload
+import torch
+import host_cann
+host_cann.install()
+from compiling import compile_with_report
+import moe_fx.lowering.ops
+
+def router(x):
+    return torch.ops.moe_fx.route(x, None, top_k=2, score="sqrtsoftplus")
+
+options = dict(downstream="torchair", downstream_options={"mode": "npugraph_ex"})
+run = compile_with_report(router, dynamic=False, fullgraph=True, **options)
+run(torch.randn(4, 8).npu())
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key("moe_fx_ascend::gating_topk", "PrivateUse1")
+print(run.reports[0].cache.split(":")[0], has_kernel)
+"""
+
+
+def test_a_graph_from_the_cache_takes_the_kernels_too(kernels):
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{here.parent / 'support'}"}
+    for outcome in ("miss", "hit"):
+        command = [sys.executable, "-W", "ignore", "-c", FROM_CACHE]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.endswith(f"{outcome} True\n"), done.stderr
 
 
 def test_operators_are_defined_without_the_library():

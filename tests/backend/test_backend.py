@@ -186,19 +186,21 @@ def test_no_growth_over_50_recompiles():
         with torch.no_grad():
             torch.compile(block, backend="moe_ascend", options={"downstream": "eager"})(x)
         torch._dynamo.reset()
+        # Whatever the backend, PyTorch keeps the inputs' FakeTensors of dozens of compilations if nobody collects.
+        gc.collect()
 
     def census():
-        gc.collect()
-        return sum(isinstance(o, (torch.fx.GraphModule, torch._subclasses.FakeTensor)) for o in gc.get_objects())
+        # Each compilation has modes of its own, which its FakeTensors keep. These are not counted themselves: there are
+        # dozens in a compilation, and PyTorch's caches keep one for a while.
+        return sum(isinstance(o, (torch.fx.GraphModule, torch._subclasses.FakeTensorMode)) for o in gc.get_objects())
 
-    # PyTorch keeps some inputs' FakeTensors until a cache of its own is full, which takes a while.
-    for _ in range(40):
+    for _ in range(5):
         once()
     before = census()
     for _ in range(50):
         once()
-    # PyTorch's own caches settle by a handful of objects; a leak is at least one object per recompile.
-    assert census() < before + 50
+    # Those caches settle by a handful of objects; a leak is at least one object per recompile.
+    assert census() < before + 25
 
 
 def test_entry_point_needs_no_import():

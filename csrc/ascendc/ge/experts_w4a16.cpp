@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <exception>
 #include <stdexcept>
+#include <string>
 
 #include "launch/launch.h"
 #include "tiling/moe_w4a16_decode.h"

@@ -38,7 +38,7 @@ void Checks::tensor(const char* name, const at::Tensor& tensor, at::IntArrayRef 
 }
 
 int64_t Checks::group(const char* scale, int64_t inputs, int64_t groups) const {
-  TORCH_CHECK_VALUE(groups > 0 && inputs % groups == 0, op_, ": ", scale, " has ", groups,
+  TORCH_CHECK_VALUE(groups > 0 && inputs > 0 && inputs % groups == 0, op_, ": ", scale, " has ", groups,
                     " groups, which cannot share ", inputs, " inputs evenly");
   return inputs / groups;
 }

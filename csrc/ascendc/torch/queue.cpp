@@ -13,7 +13,8 @@ namespace moe_fx::ascendc {
 
 std::string device_refusal() {
   // The products of the architecture dav-2201: Atlas A2 and A3.
-  const std::string name = aclrtGetSocName();
+  const char* known = aclrtGetSocName();
+  const std::string name = known == nullptr ? "an unknown device" : known;
   const bool ours = name.starts_with("Ascend910B") || name.starts_with("Ascend910_93");
   return ours ? "" : "its kernels are for Ascend910B and Ascend910_93, and this is " + name;
 }

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 
 Tensors = tuple[torch.Tensor, ...]
+# What products by group need of their counts.
+_COVER = "groups must cover all rows"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -179,7 +181,7 @@ def npu_grouped_matmul(
     _require(group_list is not None and group_list.dtype == torch.int64, name, "group_list must be int64")
     counts = group_list if group_list_type == 1 else torch.diff(group_list, prepend=group_list.new_zeros(1))
     _require(counts.shape == matrices.shape[:1], name, "group_list must count one group per expert")
-    _require(int(counts.sum()) == rows.shape[0], name, "groups must cover all rows")
+    _require(int(counts.sum()) == rows.shape[0], name, _COVER)
     widened = matrices.dtype != rows.dtype
     if widened:
         _require(
@@ -260,6 +262,8 @@ def npu_grouped_matmul_swiglu_quant_v2(
     _require(x.dtype == weight[0].dtype == torch.int8, name, "x and weight must be int8")
     _require(weight_scale[0].dtype == x_scale.dtype == torch.float32, name, "scales must be fp32")
     _require((dequant_mode, quant_mode) == (0, 0), name, "dequant_mode and quant_mode support 0 only")
+    _require((dequant_dtype, quant_dtype) == (6, 1), name, "fp32 between the products, and int8, are modelled")
+    _require(int(group_list.sum() if group_list_type == 1 else group_list[-1]) == x.shape[0], name, _COVER)
     counts = group_list if group_list_type == 1 else torch.diff(group_list, prepend=group_list.new_zeros(1))
     h = torch.zeros(x.shape[0], weight[0].shape[-1])
     begin = 0
@@ -270,6 +274,65 @@ def npu_grouped_matmul_swiglu_quant_v2(
         begin = end
     gate, up = h.chunk(2, -1)
     return npu_dynamic_quant((F.silu(gate) * up).to(torch.float32))
+
+
+def npu_grouped_matmul_finalize_routing(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    group_list: torch.Tensor,
+    *,
+    scale: torch.Tensor | None = None,
+    pertoken_scale: torch.Tensor | None = None,
+    shared_input: torch.Tensor | None = None,
+    logit: torch.Tensor | None = None,
+    row_index: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
+    shared_input_weight: float = 1.0,
+    shared_input_offset: int = 0,
+    output_bs: int = 0,
+    group_list_type: int = 1,
+    **unused: Any,
+) -> torch.Tensor:
+    """W8A8 down projection; rows are weighed by ``logit`` and added onto row ``row_index`` of [output_bs, N], in fp32.
+
+    A shared expert's result is added onto the rows from ``shared_input_offset`` on, weighed.
+    """
+    name = "npu_grouped_matmul_finalize_routing"
+    given = sorted(key for key, value in unused.items() if value is not None)
+    _require(not given, name, f"{given} are not modelled")
+    _require(x.dtype == w.dtype == torch.int8 and x.dim() == 2 and w.dim() == 3, name, "x [M, K] and w [E, K, N]: int8")
+    (m, k), (n_experts, rows_of_w, n) = x.shape, w.shape
+    _require(k == rows_of_w, name, f"x has {k} columns, w {rows_of_w} rows")
+    _require(n_experts <= 256 and k % 16 == 0 and n % 32 == 0 and n >= 256, name, f"w of {list(w.shape)} is not taken")
+    _require(1 <= m <= 16 * 1024 * 8 and 1 <= output_bs <= 16 * 1024, name, f"{m} rows to {output_bs} are not taken")
+    _require(scale is not None and scale.dtype == torch.float32, name, "scale must be fp32")
+    _require(pertoken_scale is not None and pertoken_scale.dtype == torch.float32, name, "pertoken_scale must be fp32")
+    assert scale is not None and pertoken_scale is not None
+    _require(scale.shape == (n_experts, n) and pertoken_scale.shape == (m,), name, "scales must be [E, N] and [M]")
+    _require(row_index is not None and row_index.dtype == torch.int64, name, "row_index must be int64")
+    _require(dtype in (None, torch.float32), name, "the result is fp32")
+    _require((shared_input is None) == (logit is None), name, "shared_input and logit come together or not at all")
+    _require(group_list.dtype == torch.int64 and group_list.shape == (n_experts,), name, "group_list must be int64 [E]")
+    counts = group_list if group_list_type == 1 else torch.diff(group_list, prepend=group_list.new_zeros(1))
+    assert row_index is not None
+    _require(int(counts.sum()) <= m == row_index.numel(), name, "groups and row_index must fit the rows")
+    _require(bool(((row_index >= 0) & (row_index < output_bs)).all()), name, "a row index is out of range")
+    y = torch.zeros(m, n)
+    begin = 0
+    for expert, count in enumerate(counts.tolist()):
+        end = begin + count
+        y[begin:end] = (x[begin:end].double() @ w[expert].double()).float() * scale[expert]
+        begin = end
+    y = y * pertoken_scale.unsqueeze(-1)
+    result = torch.zeros(output_bs, n)
+    if shared_input is not None and logit is not None:
+        _require(shared_input.dtype == torch.bfloat16 and logit.dtype == torch.float32, name, "they are bf16 and fp32")
+        _require(logit.shape == (m,) and shared_input.shape[1] == n, name, "they must be [M] and [.., N]")
+        last = shared_input_offset + shared_input.shape[0]
+        _require(1 <= shared_input.shape[0] <= 2048 and last <= output_bs, name, "shared_input has too many rows")
+        y = y * logit.unsqueeze(-1)
+        result[shared_input_offset:last] = shared_input.float() * shared_input_weight
+    return result.index_add(0, row_index[:begin], y[:begin])
 
 
 def npu_dynamic_quant(input: torch.Tensor, **unused: Any) -> Tensors:
@@ -333,6 +396,39 @@ def npu_moe_token_unpermute(
     return y.sum(1).to(permuted_tokens.dtype)
 
 
+# Groups of ranks by the name that HCCL would have for them; they talk over gloo.
+GROUPS: dict[str, Any] = {}
+
+
+def npu_mm_all_reduce_base(
+    x1: torch.Tensor,
+    x2: torch.Tensor,
+    hcom: str,
+    *,
+    reduce_op: str = "sum",
+    bias: torch.Tensor | None = None,
+    x3: torch.Tensor | None = None,
+    antiquant_group_size: int = 0,
+    comm_turn: int = 0,
+    comm_quant_mode: int = 0,
+    comm_mode: str | None = None,
+    **unused: Any,
+) -> torch.Tensor:
+    """``x1 @ x2 + bias + x3``, summed over the ranks of a group."""
+    name = "npu_mm_all_reduce_base"
+    given = sorted(key for key, value in unused.items() if value is not None)
+    _require(not given and not antiquant_group_size and not comm_quant_mode, name, f"{given} are not modelled")
+    _require(x1.dtype == x2.dtype and x1.dtype in FLOATING[:2], name, f"{x1.dtype} and {x2.dtype} are not taken")
+    _require(x1.dim() in (2, 3) and x2.dim() == 2, name, "x1 must be of rank 2 or 3, x2 of rank 2")
+    _require(reduce_op == "sum" and comm_turn == 0, name, "sums in one turn are supported")
+    y = x1.float() @ x2.float()
+    for summand in (bias, x3):
+        _require(summand is None or summand.dtype == x1.dtype, name, "summands must have x1's dtype")
+        y = y if summand is None else y + summand.float()
+    torch.distributed.all_reduce(y, group=GROUPS[hcom])
+    return y.to(x1.dtype)
+
+
 def npu_rms_norm(input: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> Tensors:
     """Over gamma's dimensions; also the reciprocal root mean square, fp32."""
     _require(input.dtype == gamma.dtype, "npu_rms_norm", f"gamma is {gamma.dtype}, the input {input.dtype}")
@@ -381,16 +477,20 @@ def npu_rotary_mul(
     rotary_mode: str = "half",
     rotate: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``input * r1 + rotate_half(input) * r2`` on rank 4, with the broadcasts that the operator knows."""
+    """``input * r1 + rotated(input) * r2`` on rank 4: halves, or neighbours, change places; the first's sign, too."""
     name = "npu_rotary_mul"
-    _require(rotary_mode == "half" and rotate is None, name, "only the half mode is modelled")
+    _require(rotary_mode in ("half", "interleave") and rotate is None, name, "only halves and pairs are modelled")
     _require(input.dim() == r1.dim() == r2.dim() == 4, name, "operands must be of rank 4")
     _require(input.dtype == r1.dtype == r2.dtype, name, "operands must be of one dtype")
     _require(
         r1.shape[-1] == input.shape[-1] < 896 and input.shape[-1] % 2 == 0, name, "tables must be as wide as the head"
     )
-    first, second = input.float().chunk(2, -1)
-    turned = torch.cat((-second, first), -1)
+    if rotary_mode == "half":
+        first, second = input.float().chunk(2, -1)
+        turned = torch.cat((-second, first), -1)
+    else:
+        first, second = input.float().unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack((-second, first), -1).flatten(-2)
     return (input.float() * r1.float() + turned * r2.float()).to(input.dtype)
 
 
@@ -403,9 +503,11 @@ OPERATORS = {
         npu_moe_init_routing_v2,
         npu_grouped_matmul,
         npu_grouped_matmul_swiglu_quant_v2,
+        npu_grouped_matmul_finalize_routing,
         npu_dynamic_quant,
         npu_moe_finalize_routing,
         npu_moe_token_unpermute,
+        npu_mm_all_reduce_base,
         npu_rms_norm,
         npu_add_rms_norm,
         npu_swiglu,
