@@ -35,6 +35,8 @@ NAMESPACE = "moe_fx_prepare"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # How dynamo and torchair mark a tensor that stays where it is between calls.
 _STATIC = "_dynamo_static_input_type"
+# On an example input: it stands for what was prepared from parameters alone; see ``as_parameters``.
+_FROM_PARAMETERS = "_moe_fx_from_parameters"
 
 Compiled = Callable[..., Any]
 
@@ -116,6 +118,14 @@ def hoist(gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[list[Any], Callabl
     return examples, lambda compiled: _Prepared(compiled, tuple(kept), tuple(recipes))
 
 
+def as_parameters(examples: Sequence[Any]) -> list[Any]:
+    """Example inputs for compilers that know parameters by type; what was prepared from parameters is one too.
+
+    It stays where it is as long as they do.
+    """
+    return [torch.nn.Parameter(e, requires_grad=False) if hasattr(e, _FROM_PARAMETERS) else e for e in examples]
+
+
 def _is_recipe(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == NAMESPACE
 
@@ -194,6 +204,8 @@ def _example(item: _Recipe, inputs: Sequence[Any]) -> torch.Tensor:
     marked = getattr(first, _STATIC, "unguarded" if isinstance(first, torch.nn.Parameter) else None)
     if marked is not None:
         setattr(result, _STATIC, marked)
+    if all(isinstance(inputs[source], torch.nn.Parameter) for source in item.sources):
+        setattr(result, _FROM_PARAMETERS, True)
     return result
 
 

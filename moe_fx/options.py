@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TARGETS = ("auto", "cpu", "cuda", "ascend")
 DOWNSTREAMS = ("auto", "inductor", "torchair", "eager", "aot_eager")
 LEVELS = ("bitwise", "tolerance")
-ASCEND_COMBINES = ("finalize_routing", "token_unpermute")
+ASCEND_COMBINES = ("finalize_routing", "token_unpermute", "grouped_matmul_finalize_routing")
 ASCEND_WEIGHTS = ("prepared", "as_is")
 ENV_PREFIX = "MOE_FX_"
 
@@ -71,7 +71,8 @@ class Options:
     )
     ascend_combine: str = _option(
         "finalize_routing",
-        "On Ascend, who weighs and sums the experts' rows: npu_moe_finalize_routing or npu_moe_token_unpermute.",
+        "On Ascend, who weighs and sums the experts' rows: npu_moe_finalize_routing, npu_moe_token_unpermute, or for "
+        "int8 experts of a fixed number of tokens the second product itself, npu_grouped_matmul_finalize_routing.",
         choices=ASCEND_COMBINES,
     )
     ascend_weights: str = _option(
@@ -84,6 +85,9 @@ class Options:
         False, "Read expert weights into the L2 cache while attention and routing run, on Ascend in mode ge."
     )
     ascend_prefetch_mib: int = _option(32, "How many MiB of each layer's expert weights ascend_prefetch reads.")
+    ascend_shared_stream: bool = _option(
+        False, "Compute shared experts on a stream of their own beside the routed ones, on Ascend in mode ge."
+    )
     cache: bool = _option(True, "Keep lowered graphs on disk, so that the next process need not match them again.")
     cache_dir: str | None = _option(None, "Where they are kept; by default moe_fx in the user's cache directory.")
     cache_max_mib: int = _option(
@@ -245,6 +249,7 @@ _VALIDATORS: dict[str, Callable[[Any, str], Any]] = {
     "ascend_nz": _boolean,
     "ascend_prefetch": _boolean,
     "ascend_prefetch_mib": _size,
+    "ascend_shared_stream": _boolean,
     "cache": _boolean,
     "cache_dir": _path,
     "cache_max_mib": _size,

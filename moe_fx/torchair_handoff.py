@@ -17,6 +17,7 @@ from torch import fx
 
 from moe_fx import torchair_artifacts
 from moe_fx.errors import MissingToolchainError, OptionError
+from moe_fx.lowering.prepared_inputs import as_parameters
 
 if TYPE_CHECKING:
     from moe_fx.cache.artifacts import Artifacts
@@ -53,6 +54,7 @@ def compile_graph(
     """
     torchair = _torchair()
     mode, config = configured(mode, options)
+    inputs = as_parameters(inputs)  # Its option frozen_parameter is about them.
     if mode == "ge":
         from moe_fx.lowering.ascend import ge_converters
 

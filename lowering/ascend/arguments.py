@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_fx.passes.graph import module_path
+
 # Schemas hold a dtype's default as PyTorch's number for it.
 _DTYPE_DEFAULTS = {6: torch.float32}
 
@@ -25,6 +27,15 @@ def bound(node: fx.Node) -> dict[str, Any]:
             is_dtype = str(argument.real_type) == "ScalarType" and isinstance(default, int)
             values[argument.name] = _DTYPE_DEFAULTS[default] if is_dtype else default
     return values
+
+
+def layer_of(node: fx.Node) -> str:
+    """The path of the layer around a node's module, up to its number; empty for a block on its own."""
+    parts = module_path(node).split(".")
+    for end, part in enumerate(parts, 1):
+        if part.isdecimal():
+            return ".".join(parts[:end])
+    return ""
 
 
 def value(node: Any) -> Any:

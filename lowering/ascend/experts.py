@@ -193,14 +193,18 @@ def only_experts(
 
 
 def init_routing(
-    rows: torch.Tensor, ids: torch.Tensor, n_experts: int, scale: torch.Tensor | None = None
+    rows: torch.Tensor, ids: torch.Tensor, n_experts: int, scale: torch.Tensor | None = None, *, inverse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows by expert, the place of each pair [T * k], rows per expert [E], and ``scale`` [T] by row."""
+    """Rows by expert, the place of each pair [T * k], rows per expert [E], and ``scale`` [T] by row.
+
+    Args:
+        inverse: the pair of each row in place of the row of each pair.
+    """
     # active_num is a plain integer: -1 is "all rows" for any number of them.
     return torch.ops.npu.npu_moe_init_routing_v2.default(
         rows, ids, scale=scale, active_num=-1, expert_capacity=-1, expert_num=n_experts, drop_pad_mode=0,
         expert_tokens_num_type=1, expert_tokens_num_flag=True, quant_mode=-1, active_expert_range=[0, n_experts],
-        row_idx_type=0,
+        row_idx_type=int(inverse),
     )  # fmt: skip
 
 

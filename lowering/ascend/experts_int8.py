@@ -6,6 +6,9 @@ fp32, where the reference rounds to x's dtype; what that moves by an int8 step i
 
 W8A8 otherwise (``dynamic``): the same with npu_grouped_matmul, the activation, and npu_dynamic_quant again.
 
+W8A8 with ``combine_in_product``: the second product and the combination are npu_grouped_matmul_finalize_routing where
+``_in_product`` says that it applies. It adds each row, weighed in fp32, onto its token's, in no fixed order.
+
 W8A16: see ``antiquant``.
 """
 
@@ -39,7 +42,11 @@ from moe_fx.lowering.prepared_inputs import call_recipe
 _HALF = (torch.bfloat16, torch.float16)
 # PyTorch's numbers of dtypes, for operators that take them as plain integers.
 _FLOAT32, _INT8 = 6, 1
+# In place of an operator behind the second product.
+_IN_PRODUCT = "grouped_matmul_finalize_routing"
 _NUMBER = {torch.float16: 5, torch.bfloat16: 15}
+# What npu_grouped_matmul_finalize_routing takes for int8 weights [E, K, N], as torch_npu 2.13 documents it.
+_MAX_EXPERTS, _K_STEP, _N_STEP, _MIN_N, _MAX_TOKENS, _MAX_ROWS = 256, 16, 32, 256, 16 * 1024, 16 * 1024 * 8
 
 
 def choose(node: fx.Node, settings: Settings, ids_in_range: bool) -> Choice:
@@ -66,16 +73,42 @@ def choose(node: fx.Node, settings: Settings, ids_in_range: bool) -> Choice:
     else:
         form, kernel = dynamic, f"grouped_matmul (W8A8) + {activation}"
 
+    combine, why = settings.combine, ""
+    if settings.combine_in_product:
+        why = _in_product(a)
+        combine, why = (combine, f" (not in the product: {why})") if why else (_IN_PRODUCT, "")
+
     def rewrite(gm: fx.GraphModule, node: fx.Node) -> None:
-        operands = _operands(node, a, settings, form)
+        operands = _operands(node, a, settings, form, combine == _IN_PRODUCT)
         static = {key: a[key] for key in ("act", "alpha", "limit", "out_dtype")}
-        chosen = dict(layout=layout, combine=settings.combine, ids_in_range=ids_in_range)
+        chosen = dict(layout=layout, combine=combine, ids_in_range=ids_in_range)
         inline(gm, node, form, [a["x"], a["weights"], a["ids"], *operands], **chosen, **static)
 
-    return Choice(f"torch_npu {kernel} + {settings.combine}", rewrite)
+    return Choice(f"torch_npu {kernel} + {combine}{why}", rewrite)
 
 
-def _operands(node: fx.Node, a: dict[str, Any], settings: Settings, form: Any) -> list[fx.Node | None]:
+def _in_product(a: dict[str, Any]) -> str:
+    """Why npu_grouped_matmul_finalize_routing does not apply; empty where it does."""
+    n_experts, n, k = value(a["w2"]).shape
+    tokens, top_k = value(a["ids"]).shape
+    if not a["dynamic_activations"]:
+        return "it takes int8 activations"
+    if a["b2"] is not None:
+        return "it takes no bias"
+    if not isinstance(tokens, int):
+        return "its output_bs is a plain number, and the number of tokens is dynamic"
+    if n_experts > _MAX_EXPERTS:
+        return f"{n_experts} experts, and it takes {_MAX_EXPERTS}"
+    if k % _K_STEP or n % _N_STEP or n < _MIN_N:
+        return f"the weight is {k} x {n}; it takes multiples of {_K_STEP} and of {_N_STEP} from {_MIN_N} on"
+    if not 0 < tokens <= _MAX_TOKENS or tokens * top_k > _MAX_ROWS:
+        return f"{tokens} tokens to {top_k} experts each, and it takes 1 to {_MAX_TOKENS}, and {_MAX_ROWS} rows"
+    return ""
+
+
+def _operands(
+    node: fx.Node, a: dict[str, Any], settings: Settings, form: Any, in_product: bool
+) -> list[fx.Node | None]:
     """The projections as the form takes them; weights [E, K, N], scales fp32 for W8A8, else x's dtype."""
     x_dtype, layout = value(a["x"]).dtype, a["layout"]
     scale_dtype = x_dtype if form is widened else torch.float32
@@ -89,11 +122,11 @@ def _operands(node: fx.Node, a: dict[str, Any], settings: Settings, form: Any) -
         return [call_recipe(node, recipes.zero_offsets, scale, dtype=x_dtype)] if form is widened else []
 
     return [
-        # The fused operator reads its weight in NZ only; the others read either form.
+        # The fused operators read their weights in NZ only; the others read either form.
         call_recipe(node, recipes.stacked, [a["w13"]], layout=layout, nz=settings.nz or form is fused),
         columns(a["w13_scale"], scale_dtype, layout),
         *offsets(a["w13_scale"]),
-        call_recipe(node, recipes.stacked, [a["w2"]], nz=settings.nz),
+        call_recipe(node, recipes.stacked, [a["w2"]], nz=settings.nz or in_product),
         columns(a["w2_scale"], scale_dtype),
         *offsets(a["w2_scale"]),
         columns(a["b13"], biases, layout),
@@ -122,14 +155,13 @@ def dynamic(
 
     def project(
         rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor, experts_of_rows: torch.Tensor | None
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         h = _times(rows, row_scale, w13, w13_scale, counts, x.dtype)
         h = activated(_plus(h, b13, experts_of_rows), layout, act, alpha, limit)
         quantised, row_scale = torch.ops.npu.npu_dynamic_quant.default(h)
-        y = _times(quantised, row_scale, w2, w2_scale, counts, x.dtype)
-        return _plus(y, b2, experts_of_rows)
+        return quantised, row_scale
 
-    return _run_quantised(x, weights, ids, w13.shape[0], project, biased=b13 is not None or b2 is not None, **routed)
+    return _run_quantised(x, weights, ids, project, w2, w2_scale, b2, biased=b13 is not None, **routed)
 
 
 def fused(
@@ -151,38 +183,73 @@ def fused(
 ) -> torch.Tensor:
     """W8A8 with silu, prepared weights."""
 
-    def project(rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor, _: None) -> torch.Tensor:
+    def project(
+        rows: torch.Tensor, row_scale: torch.Tensor, counts: torch.Tensor, _: None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         h, h_scale = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2.default(
             rows, [w13], [w13_scale], row_scale, counts, dequant_mode=0, dequant_dtype=_FLOAT32, quant_mode=0,
             quant_dtype=_INT8, group_list_type=1,
         )  # fmt: skip
-        return _times(h, h_scale, w2, w2_scale, counts, x.dtype)
+        return h, h_scale
 
-    return _run_quantised(x, weights, ids, w13.shape[0], project, biased=False, **routed)
+    return _run_quantised(x, weights, ids, project, w2, w2_scale, None, biased=False, **routed)
 
 
 def _run_quantised(
     x: torch.Tensor,
     weights: torch.Tensor,
     ids: torch.Tensor,
-    n_experts: int,
     project: Any,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    b2: torch.Tensor | None,
     *,
     biased: bool,
     combine: str,
     ids_in_range: bool,
     out_dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    """``run_routed`` for rows that are quantised once per token, before they are sorted by expert."""
-    top_k = ids.shape[1]
+    """``run_routed`` for rows that are quantised once per token, before they are sorted by expert.
+
+    Args:
+        project: the first product and the activation: int8 rows and their scales to such ones.
+        biased: whether ``project`` adds a bias.
+    """
+    top_k, n_experts = ids.shape[1], w2.shape[0]
     combine_dtype = torch.promote_types(x.dtype, weights.dtype)
     ids, weights = only_experts(ids, weights, n_experts, ids_in_range)
     quantised, scale = torch.ops.npu.npu_dynamic_quant.default(x)
-    rows, row_index, counts, row_scale = init_routing(quantised, ids, n_experts, scale)
-    experts_of_rows = torch.sort(ids.reshape(-1), stable=True)[0] if biased else None
-    out = project(rows, row_scale, counts, experts_of_rows)
-    y = combined(out.to(combine_dtype), weights.to(combine_dtype), row_index, top_k, combine)
+    inverse = combine == _IN_PRODUCT
+    rows, row_index, counts, row_scale = init_routing(quantised, ids, n_experts, scale, inverse=inverse)
+    experts_of_rows = torch.sort(ids.reshape(-1), stable=True)[0] if biased or b2 is not None else None
+    h, h_scale = project(rows, row_scale, counts, experts_of_rows)
+    if inverse:
+        y = _times_and_combined(h, h_scale, w2, w2_scale, counts, weights, row_index)
+    else:
+        out = _plus(_times(h, h_scale, w2, w2_scale, counts, x.dtype), b2, experts_of_rows)
+        y = combined(out.to(combine_dtype), weights.to(combine_dtype), row_index, top_k, combine)
     return y.to(out_dtype or x.dtype)
+
+
+def _times_and_combined(
+    rows: torch.Tensor,
+    row_scale: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    counts: torch.Tensor,
+    weights: torch.Tensor,
+    pairs: torch.Tensor,
+) -> torch.Tensor:
+    """``_times``, and each token's weighted sum, fp32 [T, N]; ``pairs`` [T * k] are the pairs of the rows."""
+    tokens, top_k = weights.shape
+    pairs = pairs.to(torch.int64)
+    # Its documentation knows routing weights only beside a shared expert's result, in bf16, of any part of the tokens.
+    nothing = torch.zeros((1, weight.shape[-1]), dtype=torch.bfloat16, device=rows.device)
+    return torch.ops.npu.npu_grouped_matmul_finalize_routing.default(
+        rows, weight, counts, scale=scale, pertoken_scale=row_scale, shared_input=nothing,
+        logit=weights.to(torch.float32).reshape(-1)[pairs], row_index=pairs // top_k, output_bs=tokens,
+        group_list_type=1,
+    )  # fmt: skip
 
 
 def _times(

@@ -1,7 +1,8 @@
 """Converters to GE for ops that torchair has none for, or a broken one.
 
-They are ``npu_moe_gating_top_k_softmax_v2``, both forms of ``npu_moe_token_unpermute`` and this project's
-``experts_w4a16``. torchair keeps one converter per op and process: every later GE graph with these ops uses them.
+They are ``npu_moe_gating_top_k_softmax_v2``, ``npu_grouped_matmul_swiglu_quant_v2``, both forms of
+``npu_moe_token_unpermute`` and this project's ``experts_w4a16``. torchair keeps one converter per op and process: every
+later GE graph with these ops uses them.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ import moe_fx.lowering.ascend.w4a16  # noqa: F401  Defines the op.
 from moe_fx.errors import UnsupportedError
 
 Converter = Callable[..., Any]
+# PyTorch's number of the dtype.
+_FLOAT32 = 6
 
 
 @functools.cache
 def register() -> None:
     """Give torchair the converters, for the process, once. An op that has a converter already keeps it.
 
-    The exception is torchair's own for ``npu_moe_gating_top_k_softmax_v2``, which is replaced.
+    The exceptions are torchair's own for ``npu_moe_gating_top_k_softmax_v2``, which is replaced, and for
+    ``npu_grouped_matmul_swiglu_quant_v2``, whose default for ``dequant_dtype`` is not the operator's.
 
     Raises:
         UnsupportedError: this torchair has no place for them.
@@ -74,6 +78,17 @@ def register() -> None:
             outputs=["y", "expert_idx", "softmax_result"],
             attrs={"k": attr.Int(k), "renorm": attr.Int(renorm), "output_softmax": attr.Bool(output_softmax)},
         )
+
+    swiglu_quant: Any = torch.ops.npu.npu_grouped_matmul_swiglu_quant_v2.default
+    torchairs = getattr(swiglu_quant, "_ge_converter", None)
+    if torchairs is not None and _is_torchairs(torchairs):
+        # A graph has no arguments that are the operator's defaults. torchair's own for this one is uint8.
+        getattr(registry, "_LITE_CONVERTER_OPS", set()).discard(swiglu_quant)
+
+        @give(swiglu_quant)
+        def grouped_matmul_swiglu_quant_v2(*operands: Any, meta_outputs: Any = None, **attributes: Any) -> Any:
+            given = {"dequant_dtype": _FLOAT32, **attributes}
+            return inspect.unwrap(torchairs)(*operands, meta_outputs=meta_outputs, **given)
 
     def unpermuted(rows: Any, index: Any, probs: Any, padded_mode: bool) -> Any:
         return torchair.ge.custom_op(

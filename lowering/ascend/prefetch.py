@@ -15,13 +15,16 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from moe_fx.lowering.ascend.arguments import value
+from moe_fx.lowering.ascend.arguments import layer_of, value
 from moe_fx.lowering.prepared_inputs import NAMESPACE
-from moe_fx.passes.graph import module_path
 
 _MIB = 1 << 20
 # Operators by name, since this module is imported where torch_npu is not.
-_PRODUCTS = ("npu.npu_grouped_matmul.default", "npu.npu_grouped_matmul_swiglu_quant_v2.default")
+_PRODUCTS = (
+    "npu.npu_grouped_matmul.default",
+    "npu.npu_grouped_matmul_swiglu_quant_v2.default",
+    "npu.npu_grouped_matmul_finalize_routing.default",
+)
 # Norms, and how many tensors each adds first.
 _SUMMANDS = {"npu.npu_rms_norm.default": 1, "npu.npu_add_rms_norm.default": 2}
 # Views that ``ascend_weights="as_is"`` multiplies: the memory to read is that of the weight under them.
@@ -35,7 +38,7 @@ def insert(gm: fx.GraphModule, mib: int) -> None:
     left: dict[fx.Node, int] = {}
     for product in order:
         for weight in _weights(product):
-            first = starts.get(_layer(product))
+            first = starts.get(layer_of(product))
             if first is None or order[first] > order[product]:
                 first = _routed_rows(product)
             if first is None or not _is_given(weight):
@@ -52,20 +55,11 @@ def _starts(order: dict[fx.Node, int]) -> dict[str, fx.Node]:
     """By layer, the tensor that its first norm reads; of two that it adds, the one that is there last."""
     found: dict[str, fx.Node] = {}
     for node in order:
-        layer, summands = _layer(node), _SUMMANDS.get(str(node.target), 0)
+        layer, summands = layer_of(node), _SUMMANDS.get(str(node.target), 0)
         if layer and summands:
             read = [summand for summand in node.args[:summands] if isinstance(summand, fx.Node)]
             found.setdefault(layer, max(read, key=order.__getitem__))
     return found
-
-
-def _layer(node: fx.Node) -> str:
-    """The path of the layer around a node's module, up to its number; empty for a block on its own."""
-    parts = module_path(node).split(".")
-    for end, part in enumerate(parts, 1):
-        if part.isdecimal():
-            return ".".join(parts[:end])
-    return ""
 
 
 def _routed_rows(product: fx.Node) -> fx.Node | None:
@@ -79,8 +73,7 @@ def _routed_rows(product: fx.Node) -> fx.Node | None:
 def _weights(product: fx.Node) -> Iterator[fx.Node]:
     if str(product.target) in _PRODUCTS:
         weights = product.args[1]
-        assert isinstance(weights, (list, tuple))
-        for weight in weights:
+        for weight in weights if isinstance(weights, (list, tuple)) else [weights]:
             assert isinstance(weight, fx.Node)
             while weight.target in _VIEWS:
                 weight = weight.all_input_nodes[0]

@@ -21,6 +21,8 @@ class Chosen(Protocol):
     @property
     def ascend_prefetch_mib(self) -> int: ...
     @property
+    def ascend_shared_stream(self) -> bool: ...
+    @property
     def downstream_options(self) -> Mapping[str, Any]: ...
 
 
@@ -30,16 +32,20 @@ class Settings:
 
     Attributes:
         combine: operator that weighs and sums the experts' rows: ``finalize_routing`` or ``token_unpermute``.
+        combine_in_product: where ``npu_grouped_matmul_finalize_routing`` applies, it does both instead.
         prepare: bring weights into the grouped matmul's layout once; otherwise the graph transposes views of them.
         nz: also cast prepared weights to the fractal format NZ.
         prefetch_mib: how much of a layer's expert weights to prefetch; 0 for none.
+        shared_stream: compute shared experts on a second stream.
         ge: the graph is converted to GE, where torchair finishes it; otherwise it captures single operators.
     """
 
     combine: str = "finalize_routing"
+    combine_in_product: bool = False
     prepare: bool = True
     nz: bool = False
     prefetch_mib: int = 0
+    shared_stream: bool = False
     ge: bool = True
 
     @classmethod
@@ -48,10 +54,13 @@ class Settings:
         ge = (mode or options.downstream_options.get("mode", "ge")) == "ge"
         # Only GE runs a prefetch beside other work; a captured graph would wait for it, on its one stream.
         prefetch = options.ascend_prefetch and ge
+        in_product = options.ascend_combine == "grouped_matmul_finalize_routing"
         return cls(
-            options.ascend_combine,
-            options.ascend_weights == "prepared",
-            options.ascend_nz,
-            options.ascend_prefetch_mib if prefetch else 0,
-            ge,
+            combine="finalize_routing" if in_product else options.ascend_combine,
+            combine_in_product=in_product,
+            prepare=options.ascend_weights == "prepared",
+            nz=options.ascend_nz,
+            prefetch_mib=options.ascend_prefetch_mib if prefetch else 0,
+            shared_stream=options.ascend_shared_stream and ge,
+            ge=ge,
         )

@@ -9,7 +9,7 @@ import operator
 import torch
 from torch import fx
 
-from moe_fx.lowering.ascend import attention, experts, experts_int4, experts_int8, norms, prefetch, rope, route
+from moe_fx.lowering.ascend import attention, experts, experts_int4, experts_int8, norms, prefetch, rope, route, streams
 from moe_fx.lowering.ascend.arguments import bound, value
 from moe_fx.lowering.ascend.choice import Choice, Refused
 from moe_fx.lowering.ascend.settings import Chosen, Settings
@@ -67,6 +67,8 @@ class AscendTarget(ReferenceTarget):
             lowered = True
         if lowered and downstream == "torchair" and self.settings.prefetch_mib:
             prefetch.insert(gm, self.settings.prefetch_mib)
+        if lowered and downstream == "torchair" and self.settings.shared_stream:
+            streams.insert(gm)
         gm.graph.lint()
         gm.recompile()
 

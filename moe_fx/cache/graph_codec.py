@@ -203,6 +203,8 @@ def _encode_constant(value: Any, names_given: Mapping[int, str]) -> Any:
         return {"given": names_given[id(value)]}
     if type(value) is not torch.Tensor or value.layout != torch.strided or value.is_quantized:
         raise Uncacheable(f"the lowered graph holds a constant of type {type(value).__name__}")
+    if value.is_conj() or value.is_neg():
+        raise Uncacheable("the lowered graph holds a constant that a mark conjugates or negates")
     if value.nbytes > _CONSTANT_LIMIT:
         size = f"{value.nbytes >> 10} KiB"
         raise Uncacheable(

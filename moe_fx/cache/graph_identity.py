@@ -47,9 +47,24 @@ def graph_lines(gm: fx.GraphModule) -> Iterator[str]:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
-    """The contents of a strided tensor in row-major order."""
-    plain = tensor.detach().cpu().contiguous()
+    """The values of a strided tensor in row-major order; one that is conjugated or negated by a mark, as it reads."""
+    plain = _row_major(tensor)
     return ctypes.string_at(plain.data_ptr(), plain.nbytes) if plain.nbytes else b""
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """A hash of ``tensor_bytes``, without the copy.
+
+    Every constant is read at every start, whatever its size. Nothing cheaper tells it apart for certain: writes through
+    ``.data`` leave address and version counter as they are, and another process has neither.
+    """
+    plain = _row_major(tensor)
+    content = (ctypes.c_byte * plain.nbytes).from_address(plain.data_ptr()) if plain.nbytes else b""
+    return hashlib.sha256(content).hexdigest()
+
+
+def _row_major(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def device_types(gm: fx.GraphModule) -> list[str]:
@@ -156,6 +171,6 @@ def _constant(value: Any) -> Iterator[str]:
         yield _value(value)
         if value.device.type == "meta":
             return
-        yield hashlib.sha256(tensor_bytes(value)).hexdigest()
+        yield _digest(value)
     else:
         yield _text(value)

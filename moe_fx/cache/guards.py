@@ -10,7 +10,6 @@ methods, which are what this file isolates.
 from __future__ import annotations
 
 import ast
-import re
 from typing import Any
 
 import torch
@@ -62,7 +61,12 @@ class SizeGuards:
         if not new:
             return ""
         # A symbol that became a number would be left out as static: its guard is what must come back.
-        return self._env.produce_guards_expression(self._sizes, guards=new, ignore_static=False) or ""
+        expression = self._env.produce_guards_expression(self._sizes, guards=new, ignore_static=False) or ""
+        try:
+            _check_arithmetic(expression or "True")
+        except CacheError as error:
+            raise Uncacheable(f"the graph holds under {expression}, which could not be read back") from error
+        return expression
 
     def hold(self, expression: str) -> bool:
         """Whether kept guards hold for the sizes at hand; if so, dynamo guards on them from here on.
@@ -88,7 +92,15 @@ _ARITHMETIC = (
     ast.Expression, ast.BoolOp, ast.boolop, ast.BinOp, ast.operator, ast.UnaryOp, ast.unaryop, ast.Compare, ast.cmpop,
     ast.Constant, ast.Load,
 )  # fmt: skip
-_FUNCTION = re.compile(r"math\.\w+|torch\._?sym_\w+|max|min|abs|int|float|bool|IsNonOverlappingAndDenseIndicator")
+# What sympy's printer for guards writes, by full name: torch.sym_not and the like, and no other function of a module.
+_FUNCTIONS = frozenset(
+    (
+        "max", "min", "abs", "int", "float", "bool", "round", "IsNonOverlappingAndDenseIndicator",
+        "math.ceil", "math.floor", "math.trunc", "math.sqrt", "math.pow", "math.log2",
+        "torch.sym_float", "torch.sym_int", "torch.sym_ite", "torch.sym_max", "torch.sym_min", "torch.sym_not",
+        "torch.sym_sum", "torch._sym_sqrt", "torch._sym_log2",
+    )
+)  # fmt: skip
 
 
 def _check_arithmetic(expression: str) -> None:
@@ -99,7 +111,7 @@ def _check_arithmetic(expression: str) -> None:
         raise CacheError("a cache entry's guards are no expression") from error
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.Call) and not node.keywords and _FUNCTION.fullmatch(ast.unparse(node.func)):
+        if isinstance(node, ast.Call) and not node.keywords and ast.unparse(node.func) in _FUNCTIONS:
             pending += node.args
         elif isinstance(node, ast.Subscript) and ast.unparse(node.value) == "L":
             pending.append(node.slice)

@@ -12,9 +12,10 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import stat
-import tempfile
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,13 +90,16 @@ class Header:
 class Store:
     """The entries of one cache directory.
 
+    Its folder is opened once, checked as it is then, and all entries are reached through the open folder: whatever is
+    put under its name later is never looked at.
+
     Args:
         cache_dir: made when missing, with the folder of this format inside.
         limit_bytes: total size that :meth:`write` keeps the entries under, by dropping the least recently used.
         create: False looks at a cache without making one.
 
     Raises:
-        CacheError: the folder cannot be made, is someone else's, or others may write to it.
+        CacheError: the folder cannot be made, is someone else's, or others may write to it or put another in its place.
     """
 
     def __init__(self, cache_dir: str | Path, limit_bytes: int = 1 << 30, *, create: bool = True) -> None:
@@ -114,16 +118,17 @@ class Store:
                     f"the cache directory {self.folder} cannot be made ({error.strerror}); "
                     "set cache_dir or MOE_FX_CACHE_DIR to a directory that you can write to, or cache=False"
                 ) from error
-        if create or self.folder.exists():
-            self._check_folder()
+        self._descriptor = _open_folder(self.folder) if create or self.folder.exists() else None
+        if self._descriptor is not None:
+            weakref.finalize(self, os.close, self._descriptor)
 
     def find(self, key: str) -> list[Path]:
         """Files of the entries with this key, of all variants; the last used comes first."""
-        return sorted(self.folder.glob(f"{key}*{_SUFFIX}"), key=_used, reverse=True)
+        return [path for path in self.files() if path.name.startswith(key)]
 
     def files(self) -> list[Path]:
         """Files of all entries; the last used comes first."""
-        return sorted(self.folder.glob(f"*{_SUFFIX}"), key=_used, reverse=True)
+        return sorted(self._names(_SUFFIX), key=self._used, reverse=True)
 
     def read(self, path: Path) -> tuple[Header, bytes]:
         """One entry, checked.
@@ -132,7 +137,7 @@ class Store:
             FileNotFoundError: it is gone, which eviction by another process can cause at any time.
             CacheError: it cannot be trusted or is damaged; the message says how.
         """
-        with _open_private(path) as file:
+        with self._open_private(path) as file:
             digest = _parse_first_line(path, file.readline())
             content = file.read()
         if hashlib.sha256(content).hexdigest() != digest:
@@ -142,14 +147,14 @@ class Store:
 
     def header(self, path: Path) -> Header:
         """The header alone, for listings; the contents are not hashed. Raises as :meth:`read` does."""
-        with _open_private(path) as file:
+        with self._open_private(path) as file:
             _parse_first_line(path, file.readline())
             return _parse_header(path, file.readline())
 
     def touch(self, path: Path) -> None:
         """Note that an entry was used just now."""
         with contextlib.suppress(OSError):
-            os.utime(path)
+            os.utime(path.name, dir_fd=self._descriptor)
 
     def write(
         self,
@@ -182,23 +187,24 @@ class Store:
         # What cannot be dropped stays: there is room for an entry all the same, or writing it has said so.
         for path in self.files():
             with contextlib.suppress(OSError):
-                size = path.stat().st_size
+                size = self._status(path).st_size
                 total += size
                 if total > self._limit and path != keep:
-                    path.unlink()
+                    self._unlink(path)
                     total -= size
                     dropped.append(path)
-        for path in self.folder.glob(f"*{_TEMPORARY}"):
+        for path in self._names(_TEMPORARY):
             with contextlib.suppress(OSError):
-                if now - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
+                if now - self._status(path).st_mtime > _STALE_SECONDS:
+                    self._unlink(path)
         return dropped
 
     def clear(self) -> int:
         """Remove every entry; returns how many there were."""
         paths = self.files()
-        for path in [*paths, *self.folder.glob(f"*{_TEMPORARY}")]:
-            path.unlink(missing_ok=True)
+        for path in [*paths, *self._names(_TEMPORARY)]:
+            with contextlib.suppress(FileNotFoundError):
+                self._unlink(path)
         return len(paths)
 
     def verify(self) -> Iterator[tuple[Path, str]]:
@@ -215,64 +221,94 @@ class Store:
 
     def _replace(self, path: Path, content: bytes) -> None:
         """Write a file whole: nobody sees it under its name before it is complete."""
-        # mkstemp makes it with mode 0600.
-        descriptor, temporary = tempfile.mkstemp(suffix=_TEMPORARY, dir=self.folder)
+        flags, temporary = os.O_WRONLY | os.O_CREAT | os.O_EXCL, f"{secrets.token_hex(8)}{_TEMPORARY}"
+        descriptor = os.open(temporary, flags, 0o600, dir_fd=self._descriptor)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(content)
-            os.replace(temporary, path)
+            os.replace(temporary, path.name, src_dir_fd=self._descriptor, dst_dir_fd=self._descriptor)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                os.unlink(temporary, dir_fd=self._descriptor)
             raise
 
-    def _check_folder(self) -> None:
+    # Everything below takes names in the open folder, and no path.
+
+    def _names(self, suffix: str) -> list[Path]:
+        names = [] if self._descriptor is None else os.listdir(self._descriptor)
+        return [self.folder / name for name in names if name.endswith(suffix)]
+
+    def _status(self, path: Path) -> os.stat_result:
+        return os.stat(path.name, dir_fd=self._descriptor, follow_symlinks=False)
+
+    def _unlink(self, path: Path) -> None:
+        os.unlink(path.name, dir_fd=self._descriptor)
+
+    def _used(self, path: Path) -> float:
         try:
-            status = self.folder.lstat()
+            return self._status(path).st_mtime
+        except OSError:
+            return 0.0
+
+    def _open_private(self, path: Path) -> Any:
+        """The open file, when it is an ordinary one of this user and closed to others."""
+        if self._descriptor is None:
+            raise FileNotFoundError(path)
+        try:
+            descriptor = os.open(path.name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=self._descriptor)
+        except FileNotFoundError:
+            raise
         except OSError as error:
-            raise CacheError(f"the cache directory {self.folder} cannot be read ({error.strerror})") from error
-        if not stat.S_ISDIR(status.st_mode):
-            raise CacheError(f"the cache directory {self.folder} is no directory; set cache_dir to another")
-        if status.st_uid != os.geteuid():
-            raise CacheError(
-                f"the cache directory {self.folder} belongs to user {status.st_uid}, who could change its entries; "
-                "set cache_dir or MOE_FX_CACHE_DIR to a directory of your own"
-            )
-        if status.st_mode & 0o022:
-            raise CacheError(
-                f"others may write to the cache directory {self.folder} (mode {status.st_mode & 0o777:o}); "
-                f"run: chmod 700 {self.folder}"
-            )
+            raise CacheError(f"cache entry {path.name} cannot be read ({error.strerror})") from error
+        # The open file is asked, not its name: the name may lead elsewhere by now.
+        status = os.fstat(descriptor)
+        wrong = ""
+        if not stat.S_ISREG(status.st_mode):
+            wrong = "is no ordinary file"
+        elif status.st_uid != os.geteuid():
+            wrong = f"belongs to user {status.st_uid}, not to you"
+        elif status.st_mode & 0o077:
+            wrong = f"is open to others (mode {status.st_mode & 0o777:o}, not 600)"
+        if wrong:
+            os.close(descriptor)
+            raise CacheError(f"cache entry {path.name} {wrong}, and is not trusted")
+        return os.fdopen(descriptor, "rb")
 
 
-def _used(path: Path) -> float:
+def _open_folder(folder: Path) -> int:
+    """A descriptor of the folder, which is this user's and closed to writes of others, as is the one around it."""
     try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _open_private(path: Path) -> Any:
-    """The open file, when it is an ordinary one of this user and closed to others."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
-        raise
+        around = os.stat(folder.parent)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except NotADirectoryError as error:
+        raise CacheError(f"the cache directory {folder} is no directory; set cache_dir to another") from error
     except OSError as error:
-        raise CacheError(f"cache entry {path.name} cannot be read ({error.strerror})") from error
-    # The open file is asked, not its name: the name may lead elsewhere by now.
-    status = os.fstat(descriptor)
-    wrong = ""
-    if not stat.S_ISREG(status.st_mode):
-        wrong = "is no ordinary file"
-    elif status.st_uid != os.geteuid():
-        wrong = f"belongs to user {status.st_uid}, not to you"
-    elif status.st_mode & 0o077:
-        wrong = f"is open to others (mode {status.st_mode & 0o777:o}, not 600)"
-    if wrong:
+        raise CacheError(f"the cache directory {folder} cannot be read ({error.strerror})") from error
+    try:
+        _check_folder(folder, os.fstat(descriptor), around)
+    except BaseException:
         os.close(descriptor)
-        raise CacheError(f"cache entry {path.name} {wrong}, and is not trusted")
-    return os.fdopen(descriptor, "rb")
+        raise
+    return descriptor
+
+
+def _check_folder(folder: Path, status: os.stat_result, around: os.stat_result) -> None:
+    if status.st_uid != os.geteuid():
+        raise CacheError(
+            f"the cache directory {folder} belongs to user {status.st_uid}, who could change its entries; "
+            "set cache_dir or MOE_FX_CACHE_DIR to a directory of your own"
+        )
+    if status.st_mode & 0o022:
+        raise CacheError(
+            f"others may write to the cache directory {folder} (mode {status.st_mode & 0o777:o}); "
+            f"run: chmod 700 {folder}"
+        )
+    # In one with the sticky bit (/tmp) others may add entries, but not take this folder away.
+    if around.st_mode & 0o022 and not around.st_mode & stat.S_ISVTX:
+        raise CacheError(
+            f"others may put another directory in the place of {folder} (mode {around.st_mode & 0o777:o} of the one "
+            f"around it); run: chmod go-w {folder.parent}"
+        )
 
 
 def _parse_first_line(path: Path, line: bytes) -> str:

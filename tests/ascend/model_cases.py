@@ -15,6 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 NAMES = ("qwen3_moe", "deepseek_v3", "glm4_moe", "minimax_m2", "afmoe", "gpt_oss")
 # npu_moe_gating_top_k wants groups of more than two experts.
 EXPERTS = 16
+# npu_grouped_matmul_finalize_routing wants 256 columns.
+HIDDEN_INT8, EXPERTS_INT8 = 256, 6
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> torch.nn.Module:
@@ -27,6 +29,30 @@ def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> to
 def inputs(batch: int = 2, length: int = 6) -> torch.Tensor:
     """Token ids [batch, length] on the CPU."""
     return token_ids(batch, length)
+
+
+def quantised(n_experts: int, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Int8 weights [E, N, K] and their scales [E, N]."""
+    weight = torch.randint(-127, 128, (n_experts, rows, columns), dtype=torch.int8)
+    return weight, (torch.rand(n_experts, rows) + 0.5) / (64 * columns**0.5)
+
+
+class Int8Layer(torch.nn.Module):
+    """A router and its int8 experts with int8 activations, with a residual."""
+
+    def __init__(self, inner: int = 48) -> None:
+        super().__init__()
+        self.register_buffer("gate", torch.randn(EXPERTS_INT8, HIDDEN_INT8).bfloat16())
+        w13, w2 = quantised(EXPERTS_INT8, 2 * inner, HIDDEN_INT8), quantised(EXPERTS_INT8, HIDDEN_INT8, inner)
+        for name, tensor in zip(("w13", "s13", "w2", "s2"), (*w13, *w2), strict=True):
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weights, ids = torch.ops.moe_fx.route(x @ self.gate.t(), None, top_k=2, renormalize="eps")
+        y: torch.Tensor = torch.ops.moe_fx.experts_int8(
+            x, weights, ids, self.w13, self.s13, self.w2, self.s2, dynamic_activations=True
+        )
+        return x + y
 
 
 class RecordTopK(TorchDispatchMode):

@@ -17,7 +17,7 @@ import expecttest
 import torch
 from compiling import compile_with_report
 from host_cann import ge_interpreter
-from model_cases import build
+from model_cases import Int8Layer, build
 
 # Constants, and the arithmetic on shapes around the block.
 _LEFT_OUT = ("Const", "Data", "NetOutput", "Shape", "Pack", "Gather", "Reshape", "Transpose", "Cast", "Fill")
@@ -27,16 +27,20 @@ _UNNAMED = ("node_name", "dependencies", "outputs", "N", "dtype")
 
 
 def ge_operators(name: str, **options: str) -> str:
+    """The operators of a family's block for any number of tokens."""
+    return operators_of(build(name).model.layers[1].mlp, torch.randn(2, 3, 64), dynamic=True, **options)
+
+
+def operators_of(block: torch.nn.Module, x: torch.Tensor, dynamic: bool, **options: str) -> str:
     """One operator a line, with its attributes."""
     torch._dynamo.reset()
     ge_interpreter.COUNTS.clear()
-    block = build(name).model.layers[1].mlp.to("npu")
     with tempfile.TemporaryDirectory() as folder:
         run = compile_with_report(
-            block, dynamic=True, fullgraph=True, downstream="torchair", strict=True, cache=False,
+            block.to("npu"), dynamic=dynamic, fullgraph=True, downstream="torchair", strict=True, cache=False,
             downstream_options={"debug.graph_dump": {"type": "py", "path": folder}}, **options,
         )  # fmt: skip
-        run(torch.randn(2, 3, 64).npu())
+        run(x.npu())
         (dump,) = Path(folder).glob("dynamo_original_graph_*.py")
         lines = dump.read_text().splitlines()
     operators = []
@@ -86,6 +90,42 @@ GroupedMatmul(split_item=3, transpose_weight=False, transpose_x=False, group_typ
 SwiGlu(dim=-1)
 GroupedMatmul(split_item=3, transpose_weight=False, transpose_x=False, group_type=0, group_list_type=1, act_type=0, tuning_config=[0])
 and MoeTokenUnpermute
+""",
+        )
+
+    def test_int8_experts_combined_in_the_product(self):
+        options = dict(ascend_combine="grouped_matmul_finalize_routing")
+        self.assertExpectedInline(
+            operators_of(Int8Layer(), torch.randn(5, 256).bfloat16(), dynamic=False, **options),
+            """\
+MatMul()
+MoeGatingTopKSoftmax(k=2)
+ReduceSum(keep_dims=True)
+RealDiv()
+DynamicQuant(dst_type=2)
+MoeInitRoutingV3(active_num=-1, expert_capacity=-1, expert_num=6, drop_pad_mode=0, expert_tokens_num_type=1, expert_tokens_num_flag=True, quant_mode=-1, active_expert_range=[0, 6], row_idx_type=1)
+GroupedMatmulSwigluQuantV2(dequant_mode=0, dequant_dtype=0, quant_mode=0, quant_dtype=2, transpose_weight=False, group_list_type=1, tuning_config=[0])
+IndexByTensor(indices_mask=[1])
+FloorDiv()
+GroupedMatmulFinalizeRouting(shared_input_weight=1.0, shared_input_offset=0, transpose_x=False, transpose_w=False, output_bs=5, group_list_type=1, tuning_config=[0])
+Add()
+""",
+        )
+
+    def test_int8_experts(self):
+        self.assertExpectedInline(
+            operators_of(Int8Layer(), torch.randn(5, 256).bfloat16(), dynamic=True),
+            """\
+MatMul()
+MoeGatingTopKSoftmax(k=2)
+ReduceSum(keep_dims=True)
+RealDiv()
+DynamicQuant(dst_type=2)
+MoeInitRoutingV3(active_num=-1, expert_capacity=-1, expert_num=6, drop_pad_mode=0, expert_tokens_num_type=1, expert_tokens_num_flag=True, quant_mode=-1, active_expert_range=[0, 6], row_idx_type=0)
+GroupedMatmulSwigluQuantV2(dequant_mode=0, dequant_dtype=0, quant_mode=0, quant_dtype=2, transpose_weight=False, group_list_type=1, tuning_config=[0])
+GroupedMatmul(split_item=3, transpose_weight=False, transpose_x=False, group_type=0, group_list_type=1, act_type=0, tuning_config=[0])
+MoeFinalizeRoutingV2(drop_pad_mode=2, k=2)
+Add()
 """,
         )
 

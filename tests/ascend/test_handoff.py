@@ -177,6 +177,24 @@ def test_torchairs_broken_converter_does_not_stay(monkeypatch):
     assert inspect.unwrap(found).__module__ == ge_converters.__name__
 
 
+def test_a_default_of_torchairs_is_the_operators(monkeypatch):
+    """Seen in the golden of int8 experts: dequant_dtype=0 is fp32 in GE, where torchair alone writes uint8."""
+
+    def users(*args, **kwargs):
+        pass
+
+    assert registered(monkeypatch, npu_grouped_matmul_swiglu_quant_v2=users) == [users]
+    given = {}
+
+    def own(*args, meta_outputs=None, **kwargs):
+        given.update(kwargs)
+
+    own.__module__ = "torchair._ge_concrete_graph.ge_converter.custom.grouped_matmul_swiglu_quant_v2"
+    (found,) = registered(monkeypatch, npu_grouped_matmul_swiglu_quant_v2=own)
+    inspect.unwrap(found)(meta_outputs=None)
+    assert given == {"dequant_dtype": 6}
+
+
 def test_a_torchair_of_another_shape_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchair._ge_concrete_graph.fx2ge_converter", None)
     with pytest.raises(UnsupportedError, match="use mode='npugraph_ex', which needs none"):

@@ -96,7 +96,7 @@ def test_route_refusals(attributes, biased, reason):
 @pytest.mark.parametrize("prepare", [True, False], ids=["prepared", "as_is"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_experts(dtype, prepare, combine):
-    kernels = lowered("experts", dtype, Settings(combine, prepare))
+    kernels = lowered("experts", dtype, Settings(combine=combine, prepare=prepare))
     assert all(text.startswith("torch_npu grouped_matmul") and text.endswith(combine) for text in kernels.values())
     assert "swiglu" in kernels["silu-T3"] and "clipped_swiglu" in kernels["gpt_oss-T3"]
     assert "activation in ATen" in kernels["up_gate-gelu_tanh-T3"]

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import moe_blocks as blocks
@@ -19,6 +20,7 @@ from torch import nn
 
 import moe_fx
 from moe_fx import backend, downstream
+from moe_fx.cache.errors import Uncacheable
 from moe_fx.cache.graph_cache import GraphCache
 from moe_fx.cache.guards import SizeGuards
 from moe_fx.cache.store import Store, default_cache_dir
@@ -205,6 +207,10 @@ def test_guards_on_a_size_that_became_a_number_come_back() -> None:
         "L['t0'].__class__",
         "(lambda: 1)()",
         "math.floor.__self__",
+        "math.factorial(9)",
+        "math.acos(1)",
+        "torch.sym_fresh_size()",
+        "torch._sym_acos(1)",
         "torch.sym_max(*L)",
         "max(1, key=eval)",
         "not an expression",
@@ -215,6 +221,21 @@ def test_guards_from_an_entry_can_only_compute(expression: str) -> None:
     guards = SizeGuards(torch.fx.GraphModule({}, torch.fx.Graph()))
     with pytest.raises(CacheError, match="guards"):
         guards.hold(expression)
+
+
+def test_guards_with_the_functions_of_sizes_are_read() -> None:
+    guards = SizeGuards(torch.fx.GraphModule({}, torch.fx.Graph()))
+    assert not guards.hold("max(math.ceil(L['t0'] / 2), math.floor(3.5)) > 1 and torch.sym_float(L['t0']) > 0")
+
+
+def test_guards_that_could_not_be_read_back_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = SimpleNamespace(guards=[], produce_guards_expression=lambda *args, **kwargs: "math.acos(L['t0']) > 1")
+    guards = SizeGuards(torch.fx.GraphModule({}, torch.fx.Graph()))
+    monkeypatch.setattr(guards, "_env", env)
+    monkeypatch.setattr(guards, "_known", 0)
+    env.guards.append(SimpleNamespace(expr=SimpleNamespace(free_symbols=set())))
+    with pytest.raises(Uncacheable, match=r"holds under math.acos.*, which could not be read back"):
+        guards.added()
 
 
 # --- Entries that cannot be used -------------------------------------------------------------------------------------

@@ -137,6 +137,8 @@ def test_constants_of_the_given_graph_are_kept_by_name() -> None:
         (lambda g, x: g.call_function(torch.relu, (x,)), {}, "calls .*relu, which is neither"),
         (lambda g, x: g.call_function(aten.add.Tensor, (x, range(3))), {}, "an argument of type range"),
         (lambda g, x: g.get_attr("c"), {"c": torch.zeros(300_000)}, "a constant of 1171 KiB, and none above 1024"),
+        (lambda g, x: g.get_attr("c"), {"c": torch.ones(2, dtype=torch.cfloat).conj()}, "a mark conjugates or negates"),
+        (lambda g, x: g.get_attr("c"), {"c": torch._neg_view(torch.ones(2))}, "a mark conjugates or negates"),
         (lambda g, x: g.get_attr("c"), {"c": torch.nn.Parameter(torch.zeros(1))}, "a constant of type Parameter"),
         (lambda g, x: g.get_attr("c"), {"c": _graph(lambda g, x: x)}, "a constant of type GraphModule"),
         (lambda g, x: g.call_function(torch.ops.higher_order.cond, (x,)), {}, "calls cond"),

@@ -22,6 +22,7 @@ import moe_fx
 from moe_fx import downstream
 from moe_fx.cache import environment, key, sources
 from moe_fx.cache.errors import Uncacheable
+from moe_fx.cache.graph_identity import tensor_bytes
 from moe_fx.options import Options
 from moe_fx.passes import PIPELINE, Pass
 
@@ -445,6 +446,13 @@ def test_contents_of_constants_take_part() -> None:
     ones, other = torch.ones(3), torch.tensor([1.0, 1.0, 2.0])
     assert digest(ones) == digest(ones.clone())
     assert len({digest(ones), digest(other), digest(ones.double()), digest(ones.view(3, 1)), digest(ones[:0])}) == 5
+    # Marks on a tensor change what it reads as, not its memory.
+    turned = torch.complex(ones, other)
+    assert len({digest(turned), digest(turned.conj()), digest(turned.conj().resolve_conj())}) == 3
+    negative = torch._neg_view(ones)
+    assert negative.is_neg() and len({digest(ones), digest(negative), digest(negative.resolve_neg())}) == 3
+    assert tensor_bytes(turned.conj()) == tensor_bytes(turned.conj().resolve_conj())
+    assert tensor_bytes(negative) == tensor_bytes(-ones)
 
 
 @pytest.mark.parametrize(

@@ -149,6 +149,52 @@ def test_a_folder_that_others_may_only_read_is_taken(store: Store) -> None:
     Store(store.folder.parent)
 
 
+@pytest.mark.parametrize("mode", [0o770, 0o777, 0o702])
+def test_a_folder_that_others_may_put_another_in_the_place_of_is_refused(store: Store, mode: int) -> None:
+    store.folder.parent.chmod(mode)
+    with pytest.raises(CacheError, match=rf"another directory in the place of .* \(mode {mode:o} .*run: chmod go-w"):
+        Store(store.folder.parent)
+
+
+def test_a_folder_in_one_like_tmp_is_taken(store: Store) -> None:
+    store.folder.parent.chmod(0o1777)
+    Store(store.folder.parent)
+
+
+def test_a_folder_that_is_swapped_is_never_looked_at(store: Store) -> None:
+    path = store.write("graph", COMPONENTS, BODY)
+    own = store.folder.rename(store.folder.with_name("moved away"))
+    store.folder.mkdir()
+    for name in (path.name, "other.entry", "other.tmp"):
+        (store.folder / name).write_bytes(b"another's")
+    os.utime(store.folder / "other.tmp", (0, 0))
+    assert store.find(key_of("graph", COMPONENTS)) == store.files() == [path]
+    assert store.read(path)[1] == BODY and store.header(path).kind == "graph"
+    assert list(store.verify()) == [(path, "")]
+    store.touch(path)
+    written = store.write("graph", {**COMPONENTS, "more": ""}, b"new")
+    assert sorted(own.iterdir()) == sorted([own / path.name, own / written.name])
+    assert store.clear() == 2 and not list(own.iterdir())
+    assert sorted(p.name for p in store.folder.iterdir()) == sorted([path.name, "other.entry", "other.tmp"])
+
+
+def test_looking_at_a_cache_that_is_not_there(tmp_path: Path) -> None:
+    store = Store(tmp_path / "none", create=False)
+    assert store.files() == store.find("a") == list(store.verify()) == [] and store.clear() == 0
+    with pytest.raises(FileNotFoundError):
+        store.read(store.folder / "a.entry")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_open_folder_is_closed_with_the_store(store: Store) -> None:
+    another = Store(store.folder.parent)
+    descriptor = another._descriptor
+    assert descriptor is not None and os.path.sameopenfile(descriptor, store._descriptor or 0)
+    del another
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
+
+
 def test_a_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     real = Store(tmp_path / "real").folder
     (tmp_path / "cache").mkdir()
@@ -199,7 +245,7 @@ def test_what_a_dead_writer_left_is_swept_and_a_live_one_is_let_be(store: Store)
 
 
 def test_a_failed_write_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
+    def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)

@@ -114,8 +114,30 @@ def _grouped_matmul_swiglu_quant(
     weight_scale: list[torch.Tensor],
     **absent: Any,
 ) -> Result:
+    if (op.attr("dequant_dtype", 0), op.attr("quant_dtype", 2)) != (0, 2):
+        raise ValueError(f"{op.type}: fp32 between the steps and int8 behind them are modelled")
     attributes = op.attrs(group_list_type=0, dequant_mode=0, quant_mode=0)
     return npu_ops.npu_grouped_matmul_swiglu_quant_v2(x, weight, weight_scale, x_scale, group_list, **attributes)
+
+
+def _grouped_matmul_finalize_routing(
+    op: Op,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    group_list: torch.Tensor,
+    bias: None = None,
+    offset: None = None,
+    **operands: torch.Tensor | None,
+) -> Result:
+    attributes = op.attrs(shared_input_weight=1.0, shared_input_offset=0, output_bs=0, group_list_type=1)
+    return npu_ops.npu_grouped_matmul_finalize_routing(x, w, group_list, **operands, **attributes)
+
+
+def _matmul_all_reduce(op: Op, x1: torch.Tensor, x2: torch.Tensor, **operands: torch.Tensor | None) -> Result:
+    if op.attr("is_trans_a", False) or op.attr("is_trans_b", False):
+        raise ValueError("MatmulAllReduce with transposed operands is not modelled")
+    attributes = op.attrs(reduce_op="sum", antiquant_group_size=0, comm_turn=0, comm_quant_mode=0)
+    return npu_ops.npu_mm_all_reduce_base(x1, x2, op.attr("group"), **operands, **attributes)
 
 
 def _finalize_routing(
@@ -249,6 +271,8 @@ OPERATORS: dict[str, Callable[..., Result]] = {
     "MoeInitRoutingV3": _init_routing,
     "GroupedMatmul": _grouped_matmul,
     "GroupedMatmulSwigluQuantV2": _grouped_matmul_swiglu_quant,
+    "GroupedMatmulFinalizeRouting": _grouped_matmul_finalize_routing,
+    "MatmulAllReduce": _matmul_all_reduce,
     "DynamicQuant": lambda op, x, **absent: npu_ops.npu_dynamic_quant(x),
     "MoeFinalizeRoutingV2": _finalize_routing,
     "MoeTokenUnpermute": _token_unpermute,
@@ -268,6 +292,7 @@ OPERATORS: dict[str, Callable[..., Result]] = {
     "Fill": lambda op, dims, value: torch.full(dims.tolist(), value.item(), dtype=value.dtype),
     "ReduceSum": lambda op, x, axes: x.sum(axes.tolist(), keepdim=bool(op.attr("keep_dims"))),
     "RealDiv": lambda op, x1, x2: x1 / x2,
+    "FloorDiv": lambda op, x1, x2: x1.floor_divide(x2),
     "Mul": lambda op, x1, x2: x1 * x2,
     "Add": lambda op, x1, x2: x1 + x2,
     "AddV2": lambda op, x1, x2: x1 + x2,
@@ -275,6 +300,7 @@ OPERATORS: dict[str, Callable[..., Result]] = {
     "Sigmoid": lambda op, x: torch.sigmoid(x),
     "Swish": lambda op, x: F.silu(x),
     "Identity": lambda op, x: x,
+    "TensorMove": lambda op, x: x.clone(),
     "Shape": lambda op, x: torch.tensor(x.shape, dtype=RUNTIME_DTYPES[op.attr("dtype", 3)]),
     "Reshape": lambda op, x, shape: x.reshape(shape.tolist()),
     "Transpose": lambda op, x, perm: x.permute(perm.tolist()).contiguous(),
@@ -334,6 +360,29 @@ IR = {
     "Bitcast": "attr type VT_DATA_TYPE\nattr keep_dim VT_BOOL",
     "ClippedSwiglu": (
         "attr dim VT_INT\nattr alpha VT_FLOAT\nattr limit VT_FLOAT\nattr bias VT_FLOAT\nattr interleaved VT_BOOL"
+    ),
+    "GroupedMatmulFinalizeRouting": (
+        "in x required\nin w required\nin scale optional\nin bias optional\nin pertoken_scale optional\n"
+        "in group_list optional\nin shared_input optional\nin logit optional\nin row_index optional\n"
+        "in offset optional\nout y required\n"
+        "attr dtype VT_INT\nattr shared_input_weight VT_FLOAT\nattr shared_input_offset VT_INT\n"
+        "attr transpose_x VT_BOOL\nattr transpose_w VT_BOOL\nattr output_bs VT_INT\nattr group_list_type VT_INT\n"
+        "attr tuning_config VT_LIST_INT"
+    ),
+    "GroupedMatmulSwigluQuantV2": (
+        "in x required\nin x_scale required\nin group_list required\nin weight dynamic\nin weight_scale dynamic\n"
+        "in weight_assist_matrix dynamic\nin bias optional\nin smooth_scale optional\n"
+        "out y required\nout y_scale required\n"
+        "attr dequant_mode VT_INT\nattr dequant_dtype VT_INT\nattr quant_mode VT_INT\nattr quant_dtype VT_INT\n"
+        "attr transpose_weight VT_BOOL\nattr group_list_type VT_INT\nattr tuning_config VT_LIST_INT"
+    ),
+    "MatmulAllReduce": (
+        "in x1 required\nin x2 required\nin bias optional\nin x3 optional\nin antiquant_scale optional\n"
+        "in antiquant_offset optional\nin dequant_scale optional\nin pertoken_scale optional\n"
+        "in comm_quant_scale_1 optional\nin comm_quant_scale_2 optional\nout y required\n"
+        "attr group VT_STRING\nattr reduce_op VT_STRING\nattr is_trans_a VT_BOOL\nattr is_trans_b VT_BOOL\n"
+        "attr comm_turn VT_INT\nattr antiquant_group_size VT_INT\nattr group_size VT_INT\nattr y_dtype VT_INT\n"
+        "attr comm_quant_mode VT_INT\nattr comm_mode VT_STRING"
     ),
     "MoeGatingTopKSoftmaxV2": "attr k VT_INT\nattr renorm VT_INT\nattr output_softmax VT_BOOL",
     "MoeTokenUnpermute": (
