@@ -69,6 +69,7 @@ BAD = {
     "ascend_weights": ({}, {"MOE_FX_ASCEND_WEIGHTS": "nz"}, "valid values: prepared, as_is"),
     "ascend_nz": ({"ascend_nz": 1}, {}, "give True or False"),
     "ascend_prefetch": ({"ascend_prefetch": "all"}, {}, "give True or False"),
+    "ascend_shared_stream": ({"ascend_shared_stream": "all"}, {}, "give True or False"),
     "ascend_prefetch_mib": ({"ascend_prefetch_mib": 0}, {}, "give a whole number of MiB above zero"),
     "cache": ({"cache": "yes"}, {}, "give True or False"),
     "cache_dir": ({"cache_dir": 3}, {}, "give a directory path"),
