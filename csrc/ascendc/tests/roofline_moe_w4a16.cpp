@@ -1,9 +1,13 @@
 // Prints an estimate of moe_w4a16_decode's time on a 910B beside what the reference system publishes for its kernel,
-// from what the host model counts. Nothing here was measured on an NPU.
+// from what the host model counts, and those counts for a router's choices. Nothing here was measured on an NPU.
 //
 //   cmake --build build/ascendc --target moe_fx_ascendc_roofline && build/ascendc/moe_fx_ascendc_roofline
 
+#include <algorithm>
 #include <cstdio>
+#include <numeric>
+#include <random>
+#include <set>
 #include <vector>
 
 #include "kernels/moe_w4a16_decode.h"
@@ -28,30 +32,75 @@ struct Published {
 };
 constexpr Published kPublished[] = {{1, 43.4}, {2, 60.5}, {4, 96.2}, {8, 174.4}};
 
-// Counts do not depend on the values, so all are zero.
-Report count(uint32_t batch, int cores) {
-  const uint32_t experts = batch * kTopK;
-  const MoeW4A16DecodePlan plan =
-      plan_moe_w4a16_decode({batch, kTopK, experts, kHidden, kIntermediate, kGroup, false}, cores);
+// Bytes of a layer's share that cannot be spared: weights and scales of the experts in use, x and y.
+double least_bytes(std::size_t used, uint32_t group, uint32_t batch) {
+  const double weights = 3.0 * kHidden * kIntermediate * static_cast<double>(used);
+  return weights / 2 + weights / group * 2 + 2.0 * batch * kHidden * 2;
+}
+
+MoeW4A16DecodePlan plan(uint32_t batch, uint32_t experts, uint32_t group, int cores) {
+  return plan_moe_w4a16_decode({batch, kTopK, experts, kHidden, kIntermediate, group, false}, cores);
+}
+
+// Counts depend on the experts chosen alone, so all other values are zero.
+Report count(const std::vector<int32_t>& chosen, uint32_t experts, uint32_t group, int cores) {
+  const auto batch = static_cast<uint32_t>(chosen.size()) / kTopK;
+  const MoeW4A16DecodePlan planned = plan(batch, experts, group, cores);
   const std::size_t weights = std::size_t{experts} * kHidden * kIntermediate;
   ascendc_model::Device device(cores);
   const auto x = device.input("x", std::vector<half>(batch * kHidden, half(0.0F)));
   const auto routing = device.input("weights", std::vector<float>(batch * kTopK, 0.0F));
-  std::vector<int32_t> chosen(experts);
-  for (uint32_t i = 0; i < experts; ++i) {
-    chosen[i] = static_cast<int32_t>(i);
-  }
   const auto ids = device.input("ids", chosen);
   const auto w13 = device.input("w13", std::vector<int32_t>(2 * weights / 8, 0));
   const auto w2 = device.input("w2", std::vector<int32_t>(weights / 8, 0));
-  const auto w13_scale = device.input("w13_scale", std::vector<half>(2 * weights / kGroup, half(0.0F)));
-  const auto w2_scale = device.input("w2_scale", std::vector<half>(weights / kGroup, half(0.0F)));
+  const auto w13_scale = device.input("w13_scale", std::vector<half>(2 * weights / group, half(0.0F)));
+  const auto w2_scale = device.input("w2_scale", std::vector<half>(weights / group, half(0.0F)));
   const auto y = device.output<half>("y", x.size());
-  const auto workspace = device.output<uint8_t>("workspace", plan.workspaceBytes);
+  const auto workspace = device.output<uint8_t>("workspace", planned.workspaceBytes);
   return device.launch(cores, [&] {
     MoeW4A16Decode<half, float>(x.gm(), routing.gm(), ids.gm(), w13.gm(), w13_scale.gm(), nullptr, w2.gm(),
-                                w2_scale.gm(), nullptr, y.gm(), workspace.gm(), plan.tiling);
+                                w2_scale.gm(), nullptr, y.gm(), workspace.gm(), planned.tiling);
   });
+}
+
+// Every token has experts of its own.
+std::vector<int32_t> distinct(uint32_t batch) {
+  std::vector<int32_t> chosen(batch * kTopK);
+  std::iota(chosen.begin(), chosen.end(), 0);
+  return chosen;
+}
+
+// Every token draws from all experts.
+std::vector<int32_t> drawn(uint32_t batch, uint32_t experts) {
+  std::mt19937 random(batch);
+  std::vector<int32_t> all(experts), chosen;
+  std::iota(all.begin(), all.end(), 0);
+  for (uint32_t token = 0; token < batch; ++token) {
+    std::shuffle(all.begin(), all.end(), random);
+    chosen.insert(chosen.end(), all.begin(), all.begin() + kTopK);
+  }
+  return chosen;
+}
+
+// Every token has the same experts.
+std::vector<int32_t> shared(uint32_t batch) {
+  std::vector<int32_t> chosen;
+  for (uint32_t token = 0; token < batch; ++token) {
+    for (uint32_t expert = 0; expert < kTopK; ++expert)
+      chosen.push_back(static_cast<int32_t>(expert));
+  }
+  return chosen;
+}
+
+void print_traffic(const char* name, const std::vector<int32_t>& chosen) {
+  constexpr uint32_t kExperts = 128, kLargeGroup = 128;
+  constexpr int kCores = 48;
+  const auto batch = static_cast<uint32_t>(chosen.size()) / kTopK;
+  const std::size_t used = std::set<int32_t>(chosen.begin(), chosen.end()).size();
+  const Report report = count(chosen, kExperts, kLargeGroup, kCores);
+  const double moved = static_cast<double>(report.total.mte2_bytes + report.total.mte3_bytes);
+  std::printf("%5u %-8s %10zu %10.3f %12u %7zu\n", batch, name, used, moved / least_bytes(used, kLargeGroup, batch),
+              report.peak_ub, report.syncs());
 }
 
 // What instructions, scalar accesses and bursts cost beyond the data they move, wholly hidden behind it.
@@ -76,15 +125,14 @@ void print(int cores) {
   std::printf("%d vector cores\n", cores);
   std::printf("batch   MB moved   of least   vector us   estimate us: hidden   exposed   published   break-even\n");
   for (const auto& [batch, published] : kPublished) {
-    const Report report = count(batch, cores);
+    const Report report = count(distinct(batch), batch * kTopK, kGroup, cores);
     const auto best = ascendc_model::estimate(report, hidden());
     const auto worst = ascendc_model::estimate(report);
     double vector = 0;
     for (const auto& phase : best.phases) {
       vector += phase.vector_us;
     }
-    const double weights = double{kHidden} * kIntermediate * 3 * kTopK * batch;
-    const double least = weights / 2 + weights / kGroup * 2 + 2.0 * batch * kHidden * 2;
+    const double least = least_bytes(std::size_t{batch} * kTopK, kGroup, batch);
     std::printf("%5u %10.1f %10.3f %11.1f %21.1f %9.1f %11.1f %8.1f cycles\n", batch, best.bytes / 1e6,
                 best.bytes / least, vector, best.us, worst.us, published, break_even(report, published));
   }
@@ -106,4 +154,10 @@ int main() {
       npu.launch_us, npu.sync_us, npu.cycles_per_instruction, npu.cycles_per_scalar_access);
   moe_fx::ascendc::print(48);
   moe_fx::ascendc::print(40);
+  std::printf("\nCOUNTED on the host model, 128 experts, groups of 128, 48 cores\n");
+  std::printf("batch choices     experts   of least   UB of a core   SyncAlls\n");
+  for (const uint32_t batch : {1U, 2U, 4U, 8U}) {
+    moe_fx::ascendc::print_traffic("drawn", moe_fx::ascendc::drawn(batch, 128));
+  }
+  moe_fx::ascendc::print_traffic("shared", moe_fx::ascendc::shared(8));
 }
