@@ -22,9 +22,17 @@ using ascendc_model::Access;
 using ascendc_model::Npu;
 using ascendc_model::Report;
 
-// One layer of Qwen3-30B-A3B. The published bandwidths are 21.2 MB a token over the published times: 4.5 bits a weight,
-// groups of 32, and no expert shared by two tokens.
-constexpr uint32_t kHidden = 2048, kIntermediate = 768, kTopK = 8, kGroup = 32;
+struct Layer {
+  const char* name;
+  uint32_t hidden, intermediate;
+};
+// All choose 8 experts a token.
+constexpr Layer kLayers[] = {
+    {"Qwen3-30B-A3B", 2048, 768}, {"Qwen3-235B", 4096, 1536}, {"MiniMax-M2", 3072, 1536}, {"DeepSeek-V3", 7168, 2048}};
+constexpr uint32_t kTopK = 8;
+// The published times are of the first. The published bandwidths are 21.2 MB a token over those times: 4.5 bits a
+// weight, groups of 32, and no expert shared by two tokens.
+constexpr uint32_t kGroup = 32;
 
 struct Published {
   uint32_t batch;
@@ -33,22 +41,20 @@ struct Published {
 constexpr Published kPublished[] = {{1, 43.4}, {2, 60.5}, {4, 96.2}, {8, 174.4}};
 
 // Bytes of a layer's share that cannot be spared: weights and scales of the experts in use, x and y.
-double least_bytes(std::size_t used, uint32_t group, uint32_t batch) {
-  const double weights = 3.0 * kHidden * kIntermediate * static_cast<double>(used);
-  return weights / 2 + weights / group * 2 + 2.0 * batch * kHidden * 2;
-}
-
-MoeW4A16DecodePlan plan(uint32_t batch, uint32_t experts, uint32_t group, int cores) {
-  return plan_moe_w4a16_decode({batch, kTopK, experts, kHidden, kIntermediate, group, false}, cores);
+double least_bytes(const Layer& layer, std::size_t used, uint32_t group, uint32_t batch) {
+  const double weights = 3.0 * layer.hidden * layer.intermediate * static_cast<double>(used);
+  return weights / 2 + weights / group * 2 + 2.0 * batch * layer.hidden * 2;
 }
 
 // Counts depend on the experts chosen alone, so all other values are zero.
-Report count(const std::vector<int32_t>& chosen, uint32_t experts, uint32_t group, int cores) {
+Report count(const Layer& layer, const std::vector<int32_t>& chosen, uint32_t experts, uint32_t group, int cores) {
+  const auto [name, hidden, intermediate] = layer;
   const auto batch = static_cast<uint32_t>(chosen.size()) / kTopK;
-  const MoeW4A16DecodePlan planned = plan(batch, experts, group, cores);
-  const std::size_t weights = std::size_t{experts} * kHidden * kIntermediate;
+  const MoeW4A16DecodePlan plan =
+      plan_moe_w4a16_decode({batch, kTopK, experts, hidden, intermediate, group, false}, cores);
+  const std::size_t weights = std::size_t{experts} * hidden * intermediate;
   ascendc_model::Device device(cores);
-  const auto x = device.input("x", std::vector<half>(batch * kHidden, half(0.0F)));
+  const auto x = device.input("x", std::vector<half>(batch * hidden, half(0.0F)));
   const auto routing = device.input("weights", std::vector<float>(batch * kTopK, 0.0F));
   const auto ids = device.input("ids", chosen);
   const auto w13 = device.input("w13", std::vector<int32_t>(2 * weights / 8, 0));
@@ -56,10 +62,10 @@ Report count(const std::vector<int32_t>& chosen, uint32_t experts, uint32_t grou
   const auto w13_scale = device.input("w13_scale", std::vector<half>(2 * weights / group, half(0.0F)));
   const auto w2_scale = device.input("w2_scale", std::vector<half>(weights / group, half(0.0F)));
   const auto y = device.output<half>("y", x.size());
-  const auto workspace = device.output<uint8_t>("workspace", planned.workspaceBytes);
+  const auto workspace = device.output<uint8_t>("workspace", plan.workspaceBytes);
   return device.launch(cores, [&] {
     MoeW4A16Decode<half, float>(x.gm(), routing.gm(), ids.gm(), w13.gm(), w13_scale.gm(), nullptr, w2.gm(),
-                                w2_scale.gm(), nullptr, y.gm(), workspace.gm(), planned.tiling);
+                                w2_scale.gm(), nullptr, y.gm(), workspace.gm(), plan.tiling);
   });
 }
 
@@ -92,15 +98,15 @@ std::vector<int32_t> shared(uint32_t batch) {
   return chosen;
 }
 
-void print_traffic(const char* name, const std::vector<int32_t>& chosen) {
-  constexpr uint32_t kExperts = 128, kLargeGroup = 128;
+void print_traffic(const Layer& layer, const char* choices, const std::vector<int32_t>& chosen, uint32_t experts) {
+  constexpr uint32_t kLargeGroup = 128;
   constexpr int kCores = 48;
   const auto batch = static_cast<uint32_t>(chosen.size()) / kTopK;
   const std::size_t used = std::set<int32_t>(chosen.begin(), chosen.end()).size();
-  const Report report = count(chosen, kExperts, kLargeGroup, kCores);
+  const Report report = count(layer, chosen, experts, kLargeGroup, kCores);
   const double moved = static_cast<double>(report.total.mte2_bytes + report.total.mte3_bytes);
-  std::printf("%5u %-8s %10zu %10.3f %12u %7zu\n", batch, name, used, moved / least_bytes(used, kLargeGroup, batch),
-              report.peak_ub, report.syncs());
+  std::printf("%-14s %5u %-8s %8zu %10.3f %14u %11zu\n", layer.name, batch, choices, used,
+              moved / least_bytes(layer, used, kLargeGroup, batch), report.peak_ub, report.syncs());
 }
 
 // What instructions, scalar accesses and bursts cost beyond the data they move, wholly hidden behind it.
@@ -125,14 +131,14 @@ void print(int cores) {
   std::printf("%d vector cores\n", cores);
   std::printf("batch   MB moved   of least   vector us   estimate us: hidden   exposed   published   break-even\n");
   for (const auto& [batch, published] : kPublished) {
-    const Report report = count(distinct(batch), batch * kTopK, kGroup, cores);
+    const Report report = count(kLayers[0], distinct(batch), batch * kTopK, kGroup, cores);
     const auto best = ascendc_model::estimate(report, hidden());
     const auto worst = ascendc_model::estimate(report);
     double vector = 0;
     for (const auto& phase : best.phases) {
       vector += phase.vector_us;
     }
-    const double least = least_bytes(std::size_t{batch} * kTopK, kGroup, batch);
+    const double least = least_bytes(kLayers[0], std::size_t{batch} * kTopK, kGroup, batch);
     std::printf("%5u %10.1f %10.3f %11.1f %21.1f %9.1f %11.1f %8.1f cycles\n", batch, best.bytes / 1e6,
                 best.bytes / least, vector, best.us, worst.us, published, break_even(report, published));
   }
@@ -154,10 +160,14 @@ int main() {
       npu.launch_us, npu.sync_us, npu.cycles_per_instruction, npu.cycles_per_scalar_access);
   moe_fx::ascendc::print(48);
   moe_fx::ascendc::print(40);
-  std::printf("\nCOUNTED on the host model, 128 experts, groups of 128, 48 cores\n");
-  std::printf("batch choices     experts   of least   UB of a core   SyncAlls\n");
-  for (const uint32_t batch : {1U, 2U, 4U, 8U}) {
-    moe_fx::ascendc::print_traffic("drawn", moe_fx::ascendc::drawn(batch, 128));
+  std::printf("\nCOUNTED on the host model, groups of 128, 48 cores\n");
+  std::printf("layer          batch choices   experts   of least   UB of a core   SyncAlls\n");
+  using namespace moe_fx::ascendc;
+  for (const uint32_t batch : {1U, 2U, 4U, 8U})
+    print_traffic(kLayers[0], "drawn", drawn(batch, 128), 128);
+  print_traffic(kLayers[0], "shared", shared(8), 128);
+  for (const Layer& layer : {kLayers[1], kLayers[2], kLayers[3]}) {
+    for (const uint32_t batch : {1U, 4U})
+      print_traffic(layer, "distinct", distinct(batch), batch * kTopK);
   }
-  moe_fx::ascendc::print_traffic("shared", moe_fx::ascendc::shared(8));
 }
