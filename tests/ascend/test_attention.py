@@ -1,4 +1,4 @@
-"""``attention`` on ``npu_fused_infer_attention_score``, over an eager kernel written from its documentation."""
+"""``attention`` on ``npu_fused_infer_attention_score``, as a single operator and in torchair's graphs."""
 
 from __future__ import annotations
 
@@ -10,51 +10,10 @@ import torch
 from lowered_op import difference, kernel
 
 from moe_fx.lowering.ascend import attention as lowering
-from moe_fx.lowering.ascend import target
 from moe_fx.lowering.ops import CANONICAL_OPS
 
 KERNEL = "torch_npu npu_fused_infer_attention_score"
 HALF = [torch.float16, torch.bfloat16]
-
-
-def fused_infer_attention_score(
-    query, key, value, *, atten_mask=None, num_heads=1, scale=1.0, input_layout="BSH", num_key_value_heads=0,
-    sparse_mode=0, inner_precise=0,
-):  # fmt: skip
-    """[B, N, S, D] in; a mask of True leaves out; its constraints as checks."""
-    batch, heads, queries, width = query.shape
-    keys = key.shape[2]
-    assert all(x.is_contiguous() and x.dtype in HALF for x in (query, key, value))
-    assert key.shape == value.shape == (batch, num_key_value_heads, keys, width) and width % 16 == 0
-    assert heads == num_heads and heads % num_key_value_heads == 0
-    assert input_layout == "BNSD" or (input_layout == "BNSD_BSND" and queries > 1)
-    assert queries > 1 or (sparse_mode == 0 and inner_precise in (0, 1))
-    group = heads // num_key_value_heads
-    scores = query.float() @ key.float().repeat_interleave(group, 1).transpose(-1, -2) * scale
-    if sparse_mode in (2, 3):
-        assert atten_mask.dtype == torch.bool
-        assert torch.equal(atten_mask, torch.ones(2048, 2048, dtype=torch.bool).triu(1))
-        offset = 0 if sparse_mode == 2 else keys - queries
-        left_out = torch.ones(queries, keys, dtype=torch.bool).triu(1 + offset)
-    elif atten_mask is not None:
-        assert sparse_mode == 0 and atten_mask.dtype == torch.bool and atten_mask.is_contiguous()
-        assert atten_mask.shape == (batch, 1, queries, keys)
-        left_out = atten_mask
-    else:
-        left_out = torch.zeros(queries, keys, dtype=torch.bool)
-    weights = scores.masked_fill(left_out, -torch.inf).softmax(-1)
-    if inner_precise & 2:
-        weights = weights.nan_to_num(0.0)
-    result = (weights @ value.float().repeat_interleave(group, 1)).to(query.dtype)
-    return (result.transpose(1, 2).contiguous() if "_" in input_layout else result), torch.zeros(1)
-
-
-@pytest.fixture(autouse=True)
-def operator(stand_in, monkeypatch):
-    from host_cann import eager_kernels
-
-    eager_kernels.add_kernel(torch.ops.npu.npu_fused_infer_attention_score.default, fused_infer_attention_score)
-    monkeypatch.setitem(target._CHOOSERS, "attention", lowering.choose)
 
 
 def operands(dtype=torch.bfloat16, *, heads=4, kv=2, queries=5, keys=9, width=16, v_width=16):

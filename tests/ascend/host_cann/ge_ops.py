@@ -177,6 +177,26 @@ def _clipped_swiglu(op: Op, x: torch.Tensor, group_index: torch.Tensor | None = 
     return npu_ops.npu_clipped_swiglu(x, **op.attrs(dim=-1, alpha=1.702, limit=7.0, bias=1.0, interleaved=True))
 
 
+def _fused_infer_attention_score(
+    op: Op,
+    query: torch.Tensor,
+    key: list[torch.Tensor],
+    value: list[torch.Tensor],
+    atten_mask: torch.Tensor | None = None,
+    **absent: None,
+) -> Result:
+    given = [name for name, operand in absent.items() if operand is not None]
+    modes = ("block_size", "antiquant_mode", "softmax_lse_flag", "query_quant_mode", "pse_type", "out_dtype")
+    given += [name for name in modes if op.attr(name, 0)]
+    if given or len(key) != 1 or len(value) != 1:
+        raise ValueError(f"{op.type}: lists of keys and {given} are not modelled")
+    attributes = op.attrs(
+        num_heads=1, scale=1.0, pre_tokens=2147483647, next_tokens=2147483647, input_layout="BSH",
+        num_key_value_heads=0, sparse_mode=0, inner_precise=0,
+    )  # fmt: skip
+    return npu_ops.npu_fused_infer_attention_score(query, key[0], value[0], atten_mask=atten_mask, **attributes)
+
+
 # --- Matrix products --------------------------------------------------------------------------------------------------
 
 
@@ -282,6 +302,7 @@ OPERATORS: dict[str, Callable[..., Result]] = {
     "SwiGlu": lambda op, x: npu_ops.npu_swiglu(x, op.attr("dim", -1)),
     "ClippedSwiglu": _clipped_swiglu,
     "RotaryMul": lambda op, x, r1, r2: npu_ops.npu_rotary_mul(x, r1, r2),
+    "FusedInferAttentionScore": _fused_infer_attention_score,
     "MatMul": _matmul,
     "MatMulV2": _matmul,
     "MatMulV3": _matmul,
@@ -351,6 +372,8 @@ DYNAMIC_INPUTS = {
     ("GroupedMatmulSwigluQuantV2", "weight"),
     ("GroupedMatmulSwigluQuantV2", "weight_scale"),
     ("GroupedMatmulSwigluQuantV2", "weight_assist_matrix"),
+    ("FusedInferAttentionScore", "key"),
+    ("FusedInferAttentionScore", "value"),
     ("Pack", "x"),
     ("ConcatV2", "x"),
 }

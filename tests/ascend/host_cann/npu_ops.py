@@ -494,6 +494,55 @@ def npu_rotary_mul(
     return (input.float() * r1.float() + turned * r2.float()).to(input.dtype)
 
 
+def npu_fused_infer_attention_score(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    atten_mask: torch.Tensor | None = None,
+    num_heads: int = 1,
+    scale: float = 1.0,
+    pre_tokens: int = 2147483647,
+    next_tokens: int = 2147483647,
+    input_layout: str = "BSH",
+    num_key_value_heads: int = 0,
+    sparse_mode: int = 0,
+    inner_precise: int = 0,
+) -> Tensors:
+    """Attention over [B, N, S, D]; a mask of True leaves out. Quantisation, paging and lengths are not modelled."""
+    name = "npu_fused_infer_attention_score"
+    batch, heads, queries, width = query.shape
+    kv_heads, keys = num_key_value_heads or num_heads, key.shape[2]
+    half = all(x.is_contiguous() and x.dtype in FLOATING[:2] and x.dtype == query.dtype for x in (query, key, value))
+    _require(half, name, "query, key and value must be contiguous, fp16 or bf16")
+    _require(key.shape == value.shape == (batch, kv_heads, keys, width), name, "key and value must be [B, Nkv, T, D]")
+    _require(width % 16 == 0 and width <= 512, name, f"a width of {width}")
+    _require(heads == num_heads <= 256 and heads % kv_heads == 0 and heads // kv_heads <= 64, name, "heads")
+    layouts = ("BNSD", "BNSD_BSND") if queries > 1 else ("BNSD",)
+    _require(input_layout in layouts, name, f"layout {input_layout} with {queries} queries is refused or not modelled")
+    _require(min(pre_tokens, next_tokens) == 2147483647, name, "windows are not modelled")
+    _require(inner_precise in ((0, 1, 2, 3) if queries > 1 else (0, 1)), name, f"inner_precise {inner_precise}")
+    left_out = torch.zeros(queries, keys, dtype=torch.bool)
+    if sparse_mode in (2, 3):
+        _require(queries > 1, name, "one query has no sparse mode")
+        triangle = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+        given = atten_mask is not None and atten_mask.dtype == torch.bool and torch.equal(atten_mask, triangle)
+        _require(given, name, "causal modes take a triangle of 2048 x 2048")
+        left_out = torch.ones(queries, keys, dtype=torch.bool).triu(1 + (0 if sparse_mode == 2 else keys - queries))
+    elif atten_mask is not None:
+        _require(sparse_mode == 0, name, f"sparse mode {sparse_mode} is not modelled")
+        _require(atten_mask.dtype == torch.bool and atten_mask.is_contiguous(), name, "a mask must be contiguous, bool")
+        _require(atten_mask.shape == (batch, 1, queries, keys), name, "a mask must be [B, 1, S, T]")
+        left_out = atten_mask
+    key, value = (x.float().repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+    weights = (query.float() @ key.transpose(-1, -2) * scale).masked_fill(left_out, -torch.inf).softmax(-1)
+    if inner_precise & 2:
+        weights = weights.nan_to_num(0.0)
+    result = (weights @ value).to(query.dtype)
+    # No sums of exponentials unless softmax_lse_flag asks for them.
+    return (result.transpose(1, 2).contiguous() if "_" in input_layout else result), torch.zeros(1)
+
+
 OPERATORS = {
     function.__name__: function
     for function in (
@@ -513,5 +562,6 @@ OPERATORS = {
         npu_swiglu,
         npu_clipped_swiglu,
         npu_rotary_mul,
+        npu_fused_infer_attention_score,
     )
 }
