@@ -70,6 +70,11 @@ def install() -> None:
     _replace(torch.ops.npu._npu_moe_token_unpermute.default, lambda rows, *args: (unpermute(rows, *args), rows.clone()))
     for name, function in OPERATORS.items():
         _replace(getattr(torch.ops.npu, name).default, function)
+    # What a capture makes of this operator: a workspace and results that it allocates, and a call that fills them.
+    attention = torch.ops.npu.npu_fused_infer_attention_score
+    _replace(torch.ops.npu._npu_fused_infer_attention_score_get_max_workspace.default, _attention_workspace)
+    _replace(torch.ops.npu._npu_fused_infer_attention_score_infer_output.default, _attention_outputs)
+    _replace(attention.out, _attention_out)
 
 
 def add_kernel(operator: torch._ops.OpOverload, function: Callable[..., Any]) -> None:
@@ -88,6 +93,24 @@ def cpu_alias(tensor: Any) -> Any:
     storage = torch.frombuffer(memory, dtype=torch.uint8).untyped_storage()
     result = torch.empty(0, dtype=tensor.dtype)
     return result.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def _attention_workspace(*args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.empty(32, dtype=torch.uint8)
+
+
+def _attention_outputs(
+    query: torch.Tensor, value: torch.Tensor, *, input_layout: str = "BSH", **attributes: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, queries, width = query.shape
+    shape = (batch, queries, heads, width) if input_layout == "BNSD_BSND" else (batch, heads, queries, width)
+    return query.new_empty(shape), torch.zeros(1)
+
+
+def _attention_out(*args: Any, workspace: torch.Tensor, out: list[torch.Tensor], **kwargs: Any) -> list[torch.Tensor]:
+    for place, result in zip(out, OPERATORS["npu_fused_infer_attention_score"](*args, **kwargs), strict=True):
+        place.copy_(result)
+    return out
 
 
 def _has_npu_kernel(schema: Any) -> bool:

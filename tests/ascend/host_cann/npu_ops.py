@@ -477,7 +477,10 @@ def npu_rotary_mul(
     rotary_mode: str = "half",
     rotate: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``input * r1 + rotated(input) * r2`` on rank 4: halves, or neighbours, change places; the first's sign, too."""
+    """``input * r1 + rotated(input) * r2`` on rank 4: halves, or neighbours, change places; the first's sign, too.
+
+    The result is contiguous whatever the input is, as torch_npu's meta function has it.
+    """
     name = "npu_rotary_mul"
     _require(rotary_mode in ("half", "interleave") and rotate is None, name, "only halves and pairs are modelled")
     _require(input.dim() == r1.dim() == r2.dim() == 4, name, "operands must be of rank 4")
@@ -491,7 +494,7 @@ def npu_rotary_mul(
     else:
         first, second = input.float().unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack((-second, first), -1).flatten(-2)
-    return (input.float() * r1.float() + turned * r2.float()).to(input.dtype)
+    return (input.float() * r1.float() + turned * r2.float()).to(input.dtype).contiguous()
 
 
 def npu_fused_infer_attention_score(
