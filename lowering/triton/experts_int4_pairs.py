@@ -9,8 +9,8 @@ so that what meets one nibble of neighbouring words is itself neighbours in memo
 
 Products are summed over QUAD words and then scaled, so weights are not rounded to the model's dtype on the way. On CUDA
 a step should be BLOCK_W = 32 lanes * 4 words wide for each warp along it, and QUAD those four words: a lane loads 16
-bytes of a channel, and weights, sums and scales have one layout, without shared memory between them. All loads of a
-step come before its arithmetic, or a lane would wait for memory several times.
+bytes of a channel, and weights, sums and scales have one layout (scales of groups of 32 with zero points apart, which
+pass through shared memory). All loads of a step come before its arithmetic, or a lane would wait several times.
 """
 
 import triton

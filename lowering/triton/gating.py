@@ -13,22 +13,11 @@ import triton
 import triton.language as tl
 
 from .activation import sigmoid
+from .rounding import round_to
 
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
 _INT_MAX = tl.constexpr(0x7FFFFFFF)
 _INT_MIN = tl.constexpr(-0x80000000)
-
-
-@triton.jit
-def round_to(x, DTYPE: tl.constexpr):
-    """fp32 values as ``DTYPE`` holds them: "fp32", "bf16" or "fp16"."""
-    if DTYPE == "bf16":
-        x = x.to(tl.bfloat16).to(tl.float32)
-    elif DTYPE == "fp16":
-        x = x.to(tl.float16).to(tl.float32)
-    else:
-        tl.static_assert(DTYPE == "fp32", "unknown dtype")
-    return x
 
 
 @triton.jit

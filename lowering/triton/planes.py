@@ -4,11 +4,10 @@ import triton
 import triton.language as tl
 
 from .dependent_launch import allow_dependents, wait_for_inputs
+from .rounding import to_nearest
 
 # The largest fixed-point activation: 127 * 128.
 _LARGEST = tl.constexpr(16256.0)
-# Added and taken away again, it leaves a float below 2**22 rounded to an integer, half to even.
-_ROUNDER = tl.constexpr(12582912.0)
 _ABSOLUTE_BITS = tl.constexpr(0x7FFFFFFF)
 # The bits of 2**-111: of what is smaller, the scale would be subnormal, and too coarse to divide by.
 _LEAST_BITS = tl.constexpr(0x08000000)
@@ -85,7 +84,7 @@ def fixed_point_planes_kernel(
         scale = largest.to(tl.float32, bitcast=True) * (1.0 / _LARGEST)
         divisor = scale[:, None, None]
         numbers = tl.where(divisor < float("inf"), values / divisor, 0.0)
-        numbers = (numbers + _ROUNDER - _ROUNDER).to(tl.int32)
+        numbers = to_nearest(numbers).to(tl.int32)
         high = (numbers + 64) >> 7
         low = numbers - (high << 7)
         byte = (offset // 2) * 8

@@ -7,22 +7,12 @@ So no pair layout needs slices of tensors. Values are fp32, rounded wherever the
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _rounded(x, DTYPE: tl.constexpr):
-    """``x`` as the dtype of that name would hold it."""
-    if DTYPE == "bf16":
-        x = x.to(tl.bfloat16).to(tl.float32)
-    elif DTYPE == "fp16":
-        x = x.to(tl.float16).to(tl.float32)
-    else:
-        tl.static_assert(DTYPE == "fp32", "unknown dtype")
-    return x
+from .rounding import round_to
 
 
 @triton.jit
 def _rounded_parts(first, second, rest, DTYPE: tl.constexpr):
-    return _rounded(first, DTYPE), _rounded(second, DTYPE), _rounded(rest, DTYPE)
+    return round_to(first, DTYPE), round_to(second, DTYPE), round_to(rest, DTYPE)
 
 
 @triton.jit
@@ -239,10 +229,10 @@ def _rotate_heads(
             first, second, rest = _rounded_parts(first + add_first, second + add_second, rest + add_rest, NORMED_DTYPE)
 
         # The rest passes through as the norm left it.
-        first, second = _rounded(first, ROPE_DTYPE), _rounded(second, ROPE_DTYPE)
-        turned_first = _rounded(first * cos_first, ROTATED_DTYPE) - _rounded(second * sin_first, ROTATED_DTYPE)
-        turned_second = _rounded(second * cos_second, ROTATED_DTYPE) + _rounded(first * sin_second, ROTATED_DTYPE)
-        first, second = _rounded(turned_first, ROTATED_DTYPE), _rounded(turned_second, ROTATED_DTYPE)
+        first, second = round_to(first, ROPE_DTYPE), round_to(second, ROPE_DTYPE)
+        turned_first = round_to(first * cos_first, ROTATED_DTYPE) - round_to(second * sin_first, ROTATED_DTYPE)
+        turned_second = round_to(second * cos_second, ROTATED_DTYPE) + round_to(first * sin_second, ROTATED_DTYPE)
+        first, second = round_to(turned_first, ROTATED_DTYPE), round_to(turned_second, ROTATED_DTYPE)
         offsets = _offsets(heads, out_stride, ASCEND)
         _store_parts(
             out, offsets, first, second, rest, heads, HEADS, BLOCK, D, ROTARY, BLOCK_HALF, BLOCK_REST, INTERLEAVED_OUT

@@ -4,9 +4,7 @@ import triton
 import triton.language as tl
 
 from .activation import activate
-
-# Added and taken away again, it leaves a float below 2**22 rounded to an integer, half to even.
-_ROUNDER = tl.constexpr(12582912.0)
+from .rounding import to_nearest
 
 
 @triton.jit
@@ -69,7 +67,7 @@ def scale_of(largest, ASCEND: tl.constexpr):
 @triton.jit
 def quantised(y, scale):
     """round(y / scale), half to even, within +-127; the division is exact to the last bit, lest halves go astray."""
-    q = tl.div_rn(y, scale) + _ROUNDER - _ROUNDER
+    q = to_nearest(tl.div_rn(y, scale))
     q = tl.where(q > 127.0, 127.0, q)
     return tl.where(q < -127.0, -127.0, q).to(tl.int8)
 

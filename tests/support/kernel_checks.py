@@ -28,6 +28,21 @@ def on_device(value: Any) -> Any:
     return whole.as_strided(value.shape, value.stride(), value.storage_offset())
 
 
+class AscendForm:
+    """A kernel in the form that Ascend gets, for the launcher of CUDA."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*args: Any, **constants: Any) -> None:
+            alone = {"BLOCK_S": 1, "MERGED": False, "ASCEND": True}
+            changes = {name: value for name, value in alone.items() if name in constants}
+            self.kernel[grid](*args, **{**constants, **changes})
+
+        return launch
+
+
 def assert_close_to_reference(
     op: str, launch: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
 ) -> tuple[torch.Tensor, ...]:

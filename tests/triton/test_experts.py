@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from kernel_checks import DEVICE, assert_close_to_reference, gpu_only, on_device
+from kernel_checks import DEVICE, AscendForm, assert_close_to_reference, gpu_only, on_device
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -225,21 +225,6 @@ def test_products_are_rounded_where_the_reference_rounds(path: str) -> None:
     want = CANONICAL_OPS["experts"].reference(**given, act="relu")
     y = experts(**{name: on_device(value) for name, value in given.items()}, act="relu")
     assert torch.equal(y.cpu(), want)
-
-
-class AscendForm:
-    """A kernel in the form that Ascend gets, for the launcher of CUDA."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*args: Any, **constants: Any) -> None:
-            alone = {"BLOCK_S": 1, "MERGED": False, "ASCEND": True}
-            changes = {name: value for name, value in alone.items() if name in constants}
-            self.kernel[grid](*args, **{**constants, **changes})
-
-        return launch
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="CUDA does not use these forms")

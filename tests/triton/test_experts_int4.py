@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from kernel_checks import DEVICE, assert_close_to_reference, gpu_only, on_device
+from kernel_checks import DEVICE, AscendForm, assert_close_to_reference, gpu_only, on_device
 
 from moe_fx.lowering.cuda import configs
 from moe_fx.lowering.cuda import experts_int4 as launcher
@@ -183,21 +183,6 @@ def test_words_that_start_amid_a_word(path: str) -> None:
     odd = torch.empty(1 + given["x"].numel(), dtype=torch.bfloat16)[1:].view_as(given["x"]).copy_(given["x"])
     y = experts_int4(**{**{name: on_device(value) for name, value in given.items()}, "x": on_device(odd)})
     assert torch.equal(y, experts_int4(**{name: on_device(value) for name, value in given.items()}))
-
-
-class AscendForm:
-    """A kernel in the form that Ascend gets, for the launcher of CUDA."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        def launch(*args: Any, **constants: Any) -> None:
-            alone = {"BLOCK_S": 1, "MERGED": False, "ASCEND": True}
-            changes = {name: value for name, value in alone.items() if name in constants}
-            self.kernel[grid](*args, **{**constants, **changes})
-
-        return launch
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="CUDA does not use these forms")
