@@ -10,6 +10,10 @@ results, plus the time of one empty launch) at the copy bandwidth measured in th
 The block's peers are transformers' own block with grouped_mm and batched_mm experts, under Inductor with a CUDA graph,
 and eager grouped_mm captured in a graph. batched_mm gathers the weights of every token's experts, so it ends at
 --batched-to tokens.
+
+The table of limits says how near the floor a kernel of Triton can come: it reads the bytes of the same experts and does
+nothing with them, in one launch, and in two of which the second waits for the first, as down waits for gate and up.
+Beside the small kernels stands a launch that copies as many bytes.
 """
 
 from __future__ import annotations
@@ -23,21 +27,24 @@ from functools import partial
 
 import torch
 import triton
+import triton.language as tl
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from moe_fx.lowering.cuda import gating, norms, qk_norm_rope, swiglu, timing
+from moe_fx.lowering.cuda.device import dependent_launch
 from moe_fx.lowering.cuda.experts import experts
 from moe_fx.lowering.cuda.experts_int4 import experts_int4
 from moe_fx.lowering.ops import CANONICAL_OPS
+from moe_fx.lowering.triton.dependent_launch import allow_dependents, wait_for_inputs
 
 HIDDEN, INTER, EXPERTS, TOP_K, GROUP = 2048, 768, 128, 8, 128
 HEADS, KV_HEADS, HEAD_DIM = 32, 4, 128
 DENSE_INTER = 6144  # of the dense layers that the model's family has
 BATCHES = (1, 2, 4, 8, 16, 32, 128, 1024)
 SMALL_BATCHES = (1, 16, 128, 1024, 4096)
-TABLES = ("experts", "block", "small", "norms")
+TABLES = ("limits", "experts", "block", "small", "norms")
 BF16 = torch.bfloat16
 
 
@@ -45,6 +52,44 @@ BF16 = torch.bfloat16
 def empty_kernel():
     """What a launch alone costs."""
     pass
+
+
+@triton.jit
+def copy_kernel(source, target, size, BLOCK: tl.constexpr):
+    """What a launch costs that waits for cold memory once, and moves ``size`` words there and back."""
+    word = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(target + word, tl.load(source + word, mask=word < size), mask=word < size)
+
+
+@triton.jit
+def read_experts_kernel(
+    weights,
+    ids,
+    before,
+    out,
+    EXPERT: tl.constexpr,
+    FIRST: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Reads a part of the experts in ``ids``: PROGRAMS times SIZE words of each one's EXPERT words, from word FIRST on.
+
+    With ``before``, what an earlier launch leaves there is waited for after the reads, and read. A sum goes to ``out``.
+    """
+    wait_for_inputs(PDL and before is None)
+    allow_dependents(PDL)
+    program = tl.program_id(0)
+    expert = tl.load(ids + program // PROGRAMS)
+    words = weights + expert.to(tl.int64) * EXPERT + FIRST + (program % PROGRAMS) * SIZE
+    total = tl.zeros([BLOCK], tl.int32)
+    for start in tl.static_range(0, SIZE, BLOCK):
+        total += tl.load(words + start + tl.arange(0, BLOCK))
+    if before is not None:
+        wait_for_inputs(PDL)
+        total += tl.load(before + tl.arange(0, BLOCK))
+    tl.store(out + program, tl.sum(total))
 
 
 @dataclass(frozen=True)
@@ -62,12 +107,12 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     bandwidth = timing.copy_bandwidth()
-    launch = timing.graph_microseconds(lambda: empty_kernel[(1,)]())
     makers: dict[str, Callable[[], Iterator[Row]]] = {
+        "limits": lambda: _limits(arguments.batches, bandwidth),
         "experts": lambda: _experts(arguments.batches, bandwidth),
         "block": lambda: _blocks(arguments.batches, arguments.batched_to, bandwidth),
-        "small": lambda: _small_kernels(arguments.small_batches, bandwidth, launch),
-        "norms": lambda: _norms(arguments.small_batches, bandwidth, launch),
+        "small": lambda: _small_kernels(arguments.small_batches, bandwidth),
+        "norms": lambda: _norms(arguments.small_batches, bandwidth),
     }
     tables = {name: list(makers[name]()) for name in arguments.tables}
     about = {
@@ -75,7 +120,6 @@ def main() -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "copy_bandwidth_gb_s": bandwidth / 1e9,
-        "empty_launch_us": launch,
     }
     if arguments.json:
         print(json.dumps({**about, "tables": {k: [vars(row) for row in rows] for k, rows in tables.items()}}, indent=1))
@@ -85,6 +129,37 @@ def main() -> int:
     for name, rows in tables.items():
         console.print(_table(name, rows))
     return 0
+
+
+def _limits(batches: list[int], bandwidth: float) -> Iterator[Row]:
+    """Reading the experts that a batch hits, and no more."""
+    gate_up, down = 2 * INTER * HIDDEN // 2, INTER * HIDDEN // 2  # 32-bit words of an expert in bf16
+    weights = torch.zeros(EXPERTS, gate_up + down, dtype=torch.int32, device="cuda")
+    sums, totals = (torch.zeros(1 << 20, dtype=torch.int32, device="cuda") for _ in range(2))
+    dependent = dependent_launch(weights.device)
+
+    def read(first: int, words: int, size: int, before: torch.Tensor | None, warps: int, **pdl: bool) -> None:
+        programs = words // size
+        read_experts_kernel[(programs * hit.numel(),)](
+            weights, hit, before, sums if before is None else totals, EXPERT=gate_up + down, FIRST=first,
+            PROGRAMS=programs, SIZE=size, BLOCK=1024, num_warps=warps, **pdl,
+        )  # fmt: skip
+
+    def read_twice() -> None:
+        read(0, gate_up, 2048, None, 2, **dependent)
+        read(gate_up, down, 6144, sums, 8, **dependent)
+
+    for tokens in batches:
+        _, _, ids = _routed(tokens)
+        hit = ids.unique()
+        yield Row(
+            tokens,
+            {
+                "floor": hit.numel() * weights[0].nbytes / bandwidth * 1e6,
+                "one launch": timing.graph_microseconds(partial(read, 0, gate_up + down, 2048, None, 4, PDL=False)),
+                "two launches": timing.graph_microseconds(read_twice),
+            },
+        )
 
 
 def _experts(batches: list[int], bandwidth: float) -> Iterator[Row]:
@@ -141,7 +216,12 @@ def _router_output(block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...
     return result
 
 
-def _small_kernels(batches: list[int], bandwidth: float, launch: float) -> Iterator[Row]:
+def _launch_time() -> float:
+    """Microseconds of an empty launch: measured anew for every line, since it drifts by one within minutes."""
+    return timing.graph_microseconds(lambda: empty_kernel[(1,)]())
+
+
+def _small_kernels(batches: list[int], bandwidth: float) -> Iterator[Row]:
     """Gating and qk-norm-rope."""
     width = (HEADS + 2 * KV_HEADS) * HEAD_DIM
     q_weight, k_weight = (torch.ones(HEAD_DIM, dtype=BF16, device="cuda") for _ in range(2))
@@ -154,14 +234,18 @@ def _small_kernels(batches: list[int], bandwidth: float, launch: float) -> Itera
         cos, sin = angle.cos().to(BF16), angle.sin().to(BF16)
         route_bytes = logits.nbytes + tokens * TOP_K * (4 + 2)
         rope_bytes = 2 * (q.nbytes + k.nbytes) + cos.nbytes + sin.nbytes
+        launch = _launch_time()
         yield Row(
             tokens,
             {
+                "empty launch": launch,
                 "gating floor": route_bytes / bandwidth * 1e6 + launch,
+                "gating's bytes copied": _copy_time(route_bytes),
                 "gating": timing.graph_microseconds(
                     partial(gating.route, logits, top_k=TOP_K, renormalize="eps", out_dtype=BF16)
                 ),
                 "qk-norm-rope floor": rope_bytes / bandwidth * 1e6 + launch,
+                "qk-norm-rope's bytes copied": _copy_time(rope_bytes),
                 "qk-norm-rope": timing.graph_microseconds(
                     partial(qk_norm_rope.qk_norm_rope, q, k, q_weight, k_weight, cos, sin, 1e-6)
                 ),
@@ -169,7 +253,15 @@ def _small_kernels(batches: list[int], bandwidth: float, launch: float) -> Itera
         )
 
 
-def _norms(batches: list[int], bandwidth: float, launch: float) -> Iterator[Row]:
+def _copy_time(moved: int) -> float:
+    """Microseconds of a launch that moves so many bytes, half of them read and half written."""
+    words, block = moved // 8, 1024
+    source, target = (torch.zeros(words, dtype=torch.int32, device="cuda") for _ in range(2))
+    programs = (triton.cdiv(words, block),)
+    return timing.graph_microseconds(lambda: copy_kernel[programs](source, target, words, BLOCK=block))
+
+
+def _norms(batches: list[int], bandwidth: float) -> Iterator[Row]:
     """Norms and SwiGLU beside what Inductor makes of the canonical references."""
     weight = torch.ones(HIDDEN, dtype=BF16, device="cuda")
     for tokens in batches:
@@ -180,7 +272,8 @@ def _norms(batches: list[int], bandwidth: float, launch: float) -> Iterator[Row]
             "add_rms_norm": (norms.add_rms_norm, 4 * x.nbytes, (x, residual, weight, 1e-6)),
             "swiglu": (swiglu.swiglu, merged.nbytes * 3 // 2, (merged,)),
         }
-        times: dict[str, float | None] = {}
+        launch = _launch_time()
+        times: dict[str, float | None] = {"empty launch": launch}
         for name, (launcher, moved, operands) in cases.items():
             torch._dynamo.reset()
             inductor = torch.compile(CANONICAL_OPS[name].reference, dynamic=False)
@@ -207,9 +300,11 @@ def _transformers_block(experts_implementation: str) -> nn.Module:
 
 
 def _routed(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Hidden states, routing weights and ids of a uniformly random router."""
-    x = torch.randn(tokens, HIDDEN, dtype=BF16, device="cuda")
-    weights, ids = gating.route(torch.randn(tokens, EXPERTS, device="cuda"), top_k=TOP_K, out_dtype=BF16)
+    """Hidden states, routing weights and ids of a uniformly random router: the same in every table and run."""
+    generator = torch.Generator("cuda").manual_seed(tokens)
+    x = torch.randn(tokens, HIDDEN, dtype=BF16, device="cuda", generator=generator)
+    logits = torch.randn(tokens, EXPERTS, device="cuda", generator=generator)
+    weights, ids = gating.route(logits, top_k=TOP_K, out_dtype=BF16)
     return x, weights, ids
 
 
@@ -233,6 +328,8 @@ def _table(name: str, rows: list[Row]) -> Table:
         for column in columns:
             value = row.microseconds[column]
             floor = row.microseconds.get(f"{column} floor", row.microseconds.get("floor"))
+            if floor is None and column.endswith("'s bytes copied"):
+                floor = row.microseconds[column.replace("'s bytes copied", " floor")]
             of_floor = f" ({value / floor:.2f})" if value and floor and "floor" not in column else ""
             cells.append("–" if value is None else f"{value:.1f}{of_floor}")
         table.add_row(str(row.tokens), *cells)

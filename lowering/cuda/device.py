@@ -49,11 +49,11 @@ def family(device: torch.device) -> str:
     return "interpreter" if INTERPRETED else "sm_{}{}".format(*_capability(_index(device)))
 
 
-def programs(tensor: torch.Tensor) -> int:
-    """How many programs of a kernel that loops over its work fill the device of ``tensor``."""
+def programs(tensor: torch.Tensor, each: int = _PROGRAMS_PER_MULTIPROCESSOR) -> int:
+    """Programs of a kernel that loops over its work, on the device of ``tensor``: ``each`` to a multiprocessor."""
     if INTERPRETED:
         return _INTERPRETED_PROGRAMS
-    return _multiprocessors(_index(tensor.device)) * _PROGRAMS_PER_MULTIPROCESSOR
+    return _multiprocessors(_index(tensor.device)) * each
 
 
 def dependent_launch(device: torch.device) -> dict[str, bool]:

@@ -71,9 +71,14 @@ def too_wide(**matrices: torch.Tensor | None) -> str | None:
     return None
 
 
-def grid(items: int, like: torch.Tensor) -> tuple[int]:
-    """One program per work item; in the interpreter a few, so that the loops over items run too."""
-    return (min(items, device.programs(like)) if device.INTERPRETED else items,)
+def grid(items: int, like: torch.Tensor, programs: int = 0) -> tuple[int]:
+    """One program per work item, or at most so many ``programs`` to a multiprocessor where that is not 0.
+
+    In the interpreter a few, so that the loops over items run too.
+    """
+    if device.INTERPRETED:
+        programs = programs or 1
+    return (min(items, device.programs(like, programs)) if programs else items,)
 
 
 def dense_rows(x: torch.Tensor) -> torch.Tensor:

@@ -16,8 +16,14 @@ from moe_fx.lowering.cuda.expert_plan import fit, grid, row_stride
 from moe_fx.lowering.cuda.operands import DTYPE_NAMES
 from moe_fx.lowering.ops import experts as canonical
 from moe_fx.lowering.triton.experts_grouped import down_tiles_kernel, gate_up_tiles_kernel
-from moe_fx.lowering.triton.experts_pairs import down_pairs_kernel, gate_up_pairs_kernel
+from moe_fx.lowering.triton.experts_pairs import down_pairs_kernel, down_rows_kernel, gate_up_pairs_kernel
 
+# What a warp loads at once: 16 bytes a lane.
+_WARP_BYTES = 512
+_MOST_WARPS = 8
+# Registers of a thread for rows of the down projection, of the 128 that it has where two programs of eight warps share
+# a multiprocessor. A load of 16 bytes takes four.
+_ROW_REGISTERS = 96
 # Kernel -> parameter -> values that a tuner may try; combinations that do not fit a GPU fail to compile there.
 TUNABLE: dict[str, dict[str, tuple[int, ...]]] = {
     # Up to how many pairs (tokens * k) the kernels for few tokens run.
@@ -25,8 +31,10 @@ TUNABLE: dict[str, dict[str, tuple[int, ...]]] = {
     "experts_gate_up_pairs": {
         "BLOCK_N": (1, 2, 4, 8, 16, 32),
         "BLOCK_K": (64, 128, 256, 512, 1024),
+        "PROGRAMS": (0, 8, 12, 16),
         "num_warps": (1, 2, 4, 8),
     },
+    "experts_down_rows_pairs": {"ROWS": (1, 2, 4, 8), "AHEAD": (1, 2, 3, 4, 6)},
     "experts_down_pairs": {
         "BLOCK_S": (1, 2, 4, 8),
         "BLOCK_N": (1, 2, 4, 8, 16),
@@ -136,18 +144,30 @@ def experts(
         dependent = dependent_launch(x.device)
         launch = tuned("experts_gate_up_pairs", _gate_up_pairs_defaults(x.dtype, across))
         launch |= {"BLOCK_N": fit(launch["BLOCK_N"], inter), "BLOCK_K": fit(launch["BLOCK_K"], hidden)}
-        gate_up_pairs_kernel[grid(n_pairs * triton.cdiv(inter, launch["BLOCK_N"]), x)](
+        programs = launch.pop("PROGRAMS")
+        gate_up_pairs_kernel[grid(n_pairs * triton.cdiv(inter, launch["BLOCK_N"]), x, programs)](
             x, weights, ids, of.gate, of.up, of.gate_bias, of.up_bias, h, n_pairs, row_stride(x),
             E=n_experts, MERGED=of.gated and of.step == 2 and across, **gate_up, **launch, **dependent,
         )  # fmt: skip
+        common = {"E": n_experts, "TOP_K": top_k, "WEIGHT_ON_INPUT": on_input, **down, **dependent}
+        slots = triton.next_power_of_2(top_k)
+        if most_rows := _whole_rows(w2, slots):
+            launch = tuned("experts_down_rows_pairs", {"ROWS": most_rows, "AHEAD": max(1, most_rows * 3 // 4)})
+            launch["ROWS"] = min(launch["ROWS"], most_rows)
+            launch["AHEAD"] = min(launch["AHEAD"], launch["ROWS"])
+            del common["W_K"]
+            down_rows_kernel[grid(n_tokens * triton.cdiv(hidden, launch["ROWS"]), x)](
+                h, weights, ids, w2, b2, y, n_tokens,
+                BLOCK_S=slots, BLOCK_K=_WARP_BYTES // x.itemsize, num_warps=min(slots, _MOST_WARPS), **common, **launch,
+            )  # fmt: skip
+            return y
         launch = tuned(
             "experts_down_pairs", _down_pairs_defaults(x.dtype, w2.stride(1) == 1 and w2.stride(2) != 1, fit(8, top_k))
         )
         launch |= {"BLOCK_S": fit(launch["BLOCK_S"], top_k), "BLOCK_K": fit(launch["BLOCK_K"], inter)}
         down_pairs_kernel[grid(n_tokens * triton.cdiv(hidden, launch["BLOCK_N"]), x)](
-            h, weights, ids, w2, b2, y, n_tokens,
-            E=n_experts, TOP_K=top_k, WEIGHT_ON_INPUT=on_input, ASCEND=False, **down, **launch, **dependent,
-        )  # fmt: skip
+            h, weights, ids, w2, b2, y, n_tokens, ASCEND=False, **common, **launch
+        )
         return y
 
     rows = n_pairs / n_experts
@@ -233,8 +253,17 @@ def _strides(name: str, matrix: torch.Tensor) -> dict[str, int]:
 
 def _gate_up_pairs_defaults(dtype: torch.dtype, across: bool) -> dict[str, int]:
     if across:
-        return {"BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4}
-    return {"BLOCK_N": 1, "BLOCK_K": 2048 // dtype.itemsize, "num_warps": 2}
+        return {"BLOCK_N": 32, "BLOCK_K": 64, "PROGRAMS": 0, "num_warps": 4}
+    return {"BLOCK_N": 1, "BLOCK_K": 4 * _WARP_BYTES // dtype.itemsize, "PROGRAMS": 0, "num_warps": 2}
+
+
+def _whole_rows(w2: torch.Tensor, slots: int) -> int:
+    """How many rows of this length a program of ``down_rows_kernel`` holds, a power of two; 0 where not even one."""
+    if w2.stride(2) != 1:
+        return 0
+    loads = triton.cdiv(w2.shape[2] * w2.itemsize, _WARP_BYTES) * triton.cdiv(slots, _MOST_WARPS)
+    rows = min(8, _ROW_REGISTERS // (4 * loads))
+    return 1 << (rows.bit_length() - 1) if rows else 0
 
 
 def _down_pairs_defaults(dtype: torch.dtype, across: bool, slots: int) -> dict[str, int]:

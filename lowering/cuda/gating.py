@@ -62,6 +62,7 @@ def route(
         return weights, ids
 
     scored = not after and _selects_on_scores(score, biased, n_group, group_score, group_fill, weight_source)
+    narrow = logits.dtype == torch.bfloat16 and score_dtype != torch.float16 and from_values and not (scored or biased)
     rows = logits.reshape(-1, n_experts)
     n_tokens = rows.shape[0]
     block_g, block_s = _blocks(n_experts, n_group)
@@ -99,7 +100,7 @@ def route(
         BLOCK_G=block_g,
         BLOCK_S=block_s,
         BLOCK_K=triton.next_power_of_2(top_k),
-        NARROW=logits.dtype == torch.bfloat16 and not scored and not biased and score_dtype != torch.float16,
+        NARROW=narrow,
         ASCEND=False,
         num_warps=launch["num_warps"],
     )
@@ -187,7 +188,7 @@ def _defaults(n_tokens: int) -> dict[str, int]:
     """A warp to a token: a warp reduces 32-bit integers in one instruction."""
     if n_tokens <= 64:
         return {"BLOCK_T": 1, "WAVES": 2, "num_warps": 1}
-    return {"BLOCK_T": 2, "WAVES": 8, "num_warps": 2}
+    return {"BLOCK_T": 4, "WAVES": 8, "num_warps": 4}
 
 
 @functools.cache

@@ -23,9 +23,11 @@ _FORMS = {
     "interleaved_to_half": (True, False, False),
     "interleaved_full": (True, True, True),
 }
-# Elements of q at a time and for a warp, from sizes of vector loads; a full-width norm holds all heads.
-_ELEMENTS = {"head": 1024, "full": 8192}
-_ELEMENTS_PER_WARP = {"head": 512, "full": 1024}
+# Elements of q at a time, and of those a warp's: small parts start fast, large ones spare loads of tables and weights
+# where tokens are many. A full-width norm holds all heads.
+_MANY_TOKENS = 512
+_ELEMENTS = {"head": (1024, 4096), "full": (8192, 8192)}
+_ELEMENTS_PER_WARP = {"head": (256, 1024), "full": (1024, 1024)}
 _COPIED_ELEMENTS = 1024
 
 
@@ -279,8 +281,9 @@ def _launch(
     interleaved_in, interleaved_out, full_tables = _FORMS[rope]
     rotary = of.cos.shape[-1] if full_tables else 2 * of.cos.shape[-1]
     widest = triton.next_power_of_2(q_heads)
-    defaults = {"BLOCK_H": max(1, min(widest, _ELEMENTS[norm] // triton.next_power_of_2(head_dim)))}
-    defaults["num_warps"] = _warps(defaults["BLOCK_H"] * head_dim // _ELEMENTS_PER_WARP[norm])
+    many = tokens >= _MANY_TOKENS
+    defaults = {"BLOCK_H": max(1, min(widest, _ELEMENTS[norm][many] // triton.next_power_of_2(head_dim)))}
+    defaults["num_warps"] = _warps(defaults["BLOCK_H"] * head_dim // _ELEMENTS_PER_WARP[norm][many])
     chosen = configs.lookup("qk_norm_rope", f"{norm}-{head_dim}", tokens, defaults, q.device)
     block_q, block_k = (min(chosen["BLOCK_H"], triton.next_power_of_2(heads)) for heads in (q_heads, k_heads))
     parts = 2 if norm == "full" else triton.cdiv(q_heads, block_q) + triton.cdiv(k_heads, block_k)

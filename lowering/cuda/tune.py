@@ -139,7 +139,7 @@ def _time(call: Callable[[], object], parameters: Mapping[str, Mapping[str, int]
 
 def _elements_a_thread(parameters: Mapping[str, int]) -> float:
     sizes = [value for name, value in parameters.items() if name.startswith("BLOCK_")]
-    return math.prod(sizes) / (32 * parameters["num_warps"])
+    return math.prod(sizes) / (32 * parameters.get("num_warps", 1))
 
 
 def _in_words(chosen: Chosen) -> str:

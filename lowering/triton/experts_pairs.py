@@ -1,12 +1,13 @@
 """Fused experts for a few tokens: each (token, expert) pair reads its expert's rows, two launches in all.
 
-``gate_up_pairs_kernel`` turns tokens into h [pairs, I]; ``down_pairs_kernel`` turns h into y [T, H], the weighted sum
-over a token's pairs included. Such calls are bound by reading weights, so products are plain fp32 multiply-adds: no
-tensor core, no padding to a tile of tokens, and what a block holds is reduced once, after its last step along K.
+``gate_up_pairs_kernel`` turns tokens into h [pairs, I]; ``down_rows_kernel`` turns h into y [T, H], the weighted sum
+over a token's pairs included, and ``down_pairs_kernel`` does so for weights that it does not suit, and on Ascend. Such
+calls are bound by reading weights, so products are plain fp32 multiply-adds: no tensor core, no padding to a tile of
+tokens, and what a block holds is reduced once, after its last step along K.
 
-On CUDA a block should be BLOCK_K = 32 lanes * 16 bytes * num_warps wide: then weights and activations have one layout,
-loads are 16 bytes a lane, and no shared memory or barrier comes between them. With PDL, the second kernel reads its
-first weights while the first one ends.
+On CUDA a block of gate and up should be BLOCK_K = 32 lanes * 16 bytes * num_warps wide: then weights and activations
+have one layout, loads are 16 bytes a lane, and no shared memory or barrier comes between them. With PDL, the second
+kernel reads its first weights while the first one ends.
 """
 
 import triton
@@ -200,3 +201,92 @@ def down_pairs_kernel(
         if weights.dtype.element_ty == model:
             total = total.to(model).to(tl.float32)
         tl.store(y + token.to(tl.int64) * H + channel, total.to(y.dtype.element_ty), mask=channel < H)
+
+
+@triton.jit
+def _part_of_row(row, k, start, mask, SIZE: tl.constexpr):
+    """Elements ``start + k`` of rows of SIZE elements, zeros beyond them; ``row`` points at their elements ``k``."""
+    return tl.load(row + start, mask=mask & (k < SIZE - start), other=0.0)
+
+
+@triton.jit(do_not_specialize=["n_tokens"])
+def down_rows_kernel(
+    h,
+    weights,
+    ids,
+    w2,
+    b2,
+    y,
+    n_tokens,
+    E: tl.constexpr,
+    H: tl.constexpr,
+    INTER: tl.constexpr,
+    TOP_K: tl.constexpr,
+    W_E: tl.constexpr,
+    W_N: tl.constexpr,
+    WEIGHT_ON_INPUT: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As ``down_pairs_kernel``, a program for ROWS channels of a token: it keeps h, and reads whole rows of w2.
+
+    A program's life is a chain of waits (ids, rows, h, sums across warps), and reading goes on only as far as rows of
+    programs in every state of it fit the registers at once: so the more rows to a chain, the better. Not for Ascend,
+    whose Triton has no tuples, and whose vector unit has no 64-bit offsets.
+
+    Args:
+        w2: expert e's row n lies at e * W_E + n * W_N, its elements together. The rest: see ``down_pairs_kernel``.
+        BLOCK_S: a power of two, at least TOP_K; BLOCK_K: 16 bytes of a row to each of 32 lanes.
+        ROWS: a power of two. AHEAD: how many of them are read before the wait.
+    """
+    model = h.dtype.element_ty
+    N_BLOCKS: tl.constexpr = (H + ROWS - 1) // ROWS
+    STEPS: tl.constexpr = (INTER + BLOCK_K - 1) // BLOCK_K
+    slot = tl.arange(0, BLOCK_S)[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    nth = tl.arange(0, ROWS)[None, :]
+    for item in range(tl.program_id(0), n_tokens * N_BLOCKS, tl.num_programs(0)):
+        token = item // N_BLOCKS
+        first = (item % N_BLOCKS) * ROWS
+        pair = token * TOP_K + slot
+        expert = tl.load(ids + pair, mask=slot < TOP_K, other=-1)
+        valid = (expert >= 0) & (expert < E)
+        expert = tl.where(valid, expert, 0).to(tl.int64)
+        if not WEIGHT_ON_INPUT:
+            share = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)
+        rows = w2 + expert * W_E + first * W_N + k
+        ahead = ()
+        for row in tl.static_range(AHEAD):
+            for step in tl.static_range(STEPS):
+                part = _part_of_row(rows + row * W_N, k, step * BLOCK_K, valid & (first + row < H), INTER)
+                ahead += (part,)  # type: ignore[assignment]
+        wait_for_inputs(PDL)
+        inputs = ()
+        for step in tl.static_range(STEPS):
+            part = _part_of_row(h + pair.to(tl.int64) * INTER + k, k, step * BLOCK_K, valid, INTER)
+            inputs += (part,)  # type: ignore[assignment]
+        out = tl.zeros([BLOCK_S, ROWS], tl.float32)
+        for row in tl.static_range(ROWS):
+            sums = tl.zeros([BLOCK_S, BLOCK_K], tl.float32)
+            for step in tl.static_range(STEPS):
+                if row < AHEAD:
+                    part = ahead[row * STEPS + step]
+                else:
+                    part = _part_of_row(rows + row * W_N, k, step * BLOCK_K, valid & (first + row < H), INTER)
+                sums += inputs[step].to(tl.float32) * part.to(tl.float32)
+            out = tl.where(nth == row, tl.sum(sums, axis=1, keep_dims=True), out)
+        out = out.to(model).to(tl.float32)
+        if b2 is not None:
+            out += tl.load(b2 + expert * H + first + nth, mask=valid & (first + nth < H), other=0.0).to(tl.float32)
+            out = out.to(model).to(tl.float32)
+        if not WEIGHT_ON_INPUT:
+            out = out * share
+            if weights.dtype.element_ty == model:
+                out = out.to(model).to(tl.float32)
+        total = tl.sum(out, axis=0, keep_dims=True)
+        if weights.dtype.element_ty == model:
+            total = total.to(model).to(tl.float32)
+        tl.store(y + token.to(tl.int64) * H + first + nth, total.to(y.dtype.element_ty), mask=first + nth < H)

@@ -225,18 +225,28 @@ REAL_GIB = {"qwen3_moe": 10, "deepseek_v3": 110, "gpt_oss": 30}
 @gpu_only
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REAL)
-def test_real_layers_are_as_near_to_eager_as_inductor_is(name: str) -> None:
-    """Bound: twice Inductor's own distance from eager (bf16 routers give other experts on ties), at least 0.01."""
+def test_real_layers_are_as_near_to_the_truth_as_peers_are(name: str) -> None:
+    """The truth is the same model in fp32, where it fits the memory, else eager.
+
+    Bound: twice the farther peer's distance, at least 0.01. Routers choose other experts on ties and near them, so that
+    whole models of random weights differ by much in narrow dtypes.
+    """
     if torch.cuda.mem_get_info()[0] < REAL_GIB[name] << 30:
         pytest.skip(f"needs {REAL_GIB[name]} GiB of free GPU memory")
     with torch.device(DEVICE):
         model = FAMILIES[name].build(**REAL[name])
-    compiled, inductor = compiled_on_cuda(model, downstream="inductor", dynamic=True), torch.compile(model)
-    for length in (1, 17, 512):
-        ids = token_ids(1, length).to(DEVICE)
-        with torch.no_grad():
-            want = model(ids, use_cache=False).logits
-            peer = relative_error(inductor(ids, use_cache=False).logits, want)
-        ours = relative_error(compiled(ids, use_cache=False).logits, want)
-        print(f"{name}, {length} tokens: {ours:.2e} from eager; Inductor {peer:.2e}")
-        assert ours <= max(2 * peer, 1e-2)
+    ours = compiled_on_cuda(model, downstream="inductor", dynamic=True)
+    runners = {"moe_ascend": ours, "eager": model, "Inductor": torch.compile(model)}
+    prompts = [token_ids(1, length).to(DEVICE) for length in (1, 17, 512)]
+    with torch.no_grad():
+        logits = {who: [run(ids, use_cache=False).logits for ids in prompts] for who, run in runners.items()}
+        truth = "eager"
+        if torch.cuda.mem_get_info()[1] > 3 * REAL_GIB[name] << 30:
+            truth = "fp32"
+            torch._dynamo.reset()
+            model.float()
+            logits[truth] = [model(ids, use_cache=False).logits for ids in prompts]
+    for i, ids in enumerate(prompts):
+        far = {who: relative_error(got[i], logits[truth][i]) for who, got in logits.items() if who != truth}
+        print(f"{name}, {ids.numel()} tokens from {truth}: {', '.join(f'{who} {by:.2e}' for who, by in far.items())}")
+        assert far.pop("moe_ascend") <= max(2 * max(far.values()), 1e-2)

@@ -22,6 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Small enough for several blocks along every dimension, large enough for the interpreter.
 BLOCKS = {
     "experts_gate_up_pairs": {"BLOCK_N": 16, "BLOCK_K": 32},
+    "experts_down_rows_pairs": {"ROWS": 2, "AHEAD": 1},
     "experts_down_pairs": {"BLOCK_S": 2, "BLOCK_N": 32, "BLOCK_K": 32},
     "experts_tiles": {"BLOCK_M": 16},
     "experts_gate_up_tiles": {"BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 2},
@@ -227,6 +228,31 @@ def test_products_are_rounded_where_the_reference_rounds(path: str) -> None:
     assert torch.equal(y.cpu(), want)
 
 
+@pytest.mark.parametrize(("rows", "ahead"), [(1, 1), (2, 2), (4, 3), (8, 6), (16, 9)])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_whole_rows_of_the_down_projection(top_k: int, rows: int, ahead: int) -> None:
+    """Several steps to a row, the last in part; rows beyond the last one, slots beyond k, ids of no expert."""
+    given = operands(3, hidden=45, inter=300, top_k=top_k, biases=True, weights_dtype=torch.bfloat16)
+    given["ids"][0, 0], given["ids"][2] = -1, 4
+    forced = {
+        "experts": {"PAIRS": 10**6},
+        "experts_gate_up_pairs": {"BLOCK_N": 64, "BLOCK_K": 64},
+        "experts_down_rows_pairs": {"ROWS": rows, "AHEAD": ahead},
+    }
+    with configs.forced(forced), configs.recorded() as used:
+        check(given)
+    assert "experts_down_rows_pairs" in used
+
+
+@pytest.mark.parametrize(("inter", "whole"), [(768, True), (1536, True), (6144, True), (6400, False)])
+def test_rows_that_registers_do_not_hold_are_read_in_blocks(inter: int, whole: bool) -> None:
+    given = operands(1, hidden=3, inter=inter, n_experts=9, top_k=8)
+    pairs = {"experts": {"PAIRS": 10**6}, "experts_gate_up_pairs": {"BLOCK_N": 512, "BLOCK_K": 16}}
+    with configs.forced(pairs), configs.recorded() as used:
+        check(given)
+    assert ("experts_down_rows_pairs" in used, "experts_down_pairs" in used) == (whole, not whole)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="CUDA does not use these forms")
 @pytest.mark.parametrize("layout", ["gate_up", "interleaved"])
 def test_forms_for_ascend(layout: str, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +263,7 @@ def test_forms_for_ascend(layout: str, path: str, monkeypatch: pytest.MonkeyPatc
     ):
         for name in names:
             monkeypatch.setattr(module, name, AscendForm(getattr(module, name)))
+    monkeypatch.setattr(launcher, "_ROW_REGISTERS", 0)
     monkeypatch.setattr(expert_plan, "COUNTED_AT_ONCE", 8 if layout == "gate_up" else 10**6)
     given = operands(hidden=40, layout=layout, transposed=layout == "interleaved", biases=True)
     given["ids"][0, 1], given["ids"][3, 0] = 4, -1

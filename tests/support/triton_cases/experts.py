@@ -12,6 +12,7 @@ _TENSOR_CORES = (
 )
 _PLANES = "only the tiles of int4 read two planes, and they are not for Ascend"
 _SPLIT = "several pairs at a time need 64-bit vectors, and gate and up are split in registers"
+_TUPLES = "rows are held in tuples, which triton-ascend's language does not have"
 _ALONE = "the form that takes one pair at a time and reads gate and up apart"
 
 
@@ -113,7 +114,7 @@ def _pairs(model: _Model) -> list[Case]:
         "BLOCK_N": ascend_blocks[0],
         "BLOCK_K": ascend_blocks[1],
     }
-    return [
+    cases = [
         _case(f"experts_gate_up_pairs-{model.name}", kernel, types, up, num_warps=warps, cuda_only=_SPLIT),
         _case(f"experts_gate_up_pairs-{model.name}-ascend", kernel, types, apart, ascend_only=_ALONE),
         _case(
@@ -121,6 +122,15 @@ def _pairs(model: _Model) -> list[Case]:
         ),
         _case(f"experts_down_pairs-{model.name}-ascend", down_kernel, down_types, alone, ascend_only=_ALONE),
     ]
+    if not model.gpt_oss:
+        rows = {name: value for name, value in given.items() if name != "W_K"}
+        rows |= {"BLOCK_S": 8, "BLOCK_K": 256, "PDL": True}
+        # What 96 registers of a thread hold.
+        rows["ROWS"] = 1 << (8 * 768 // model.inter).bit_length() - 1
+        rows["AHEAD"] = max(1, rows["ROWS"] * 3 // 4)
+        kernel = "experts_pairs:down_rows_kernel"
+        cases.append(_case(f"experts_down_rows-{model.name}", kernel, down_types, rows, num_warps=8, cuda_only=_TUPLES))
+    return cases
 
 
 def _tiles(model: _Model, rows: int, columns: int, block_k: int, warps: int, ascend: bool = False) -> list[Case]:

@@ -35,6 +35,7 @@ def _cases(model: str, n_experts: int, top_k: int, block_k: int, ascend_rows: in
         del constants["bias"]
     if model == "deepseek_v3":
         del constants["num_valid"]
+    narrow = not constants["SCORED"] and constants["SOURCE"] == "value"
     # Ascend searches each weight anew: its maximum stands for NaN and -inf too.
     source = "base" if constants["SOURCE"] == "value" else constants["SOURCE"]
     pointers = {name: kind for name, kind in _POINTERS.items() if name not in constants}
@@ -44,7 +45,7 @@ def _cases(model: str, n_experts: int, top_k: int, block_k: int, ascend_rows: in
             name=f"gating-{model}",
             kernel="gating:gating_kernel",
             signature=signature,
-            constants={**constants, "BLOCK_T": 1, "NARROW": not constants["SCORED"], "ASCEND": False},
+            constants={**constants, "BLOCK_T": 1, "NARROW": narrow, "ASCEND": False},
             num_warps=1,
             cuda_only="selects by integers, which Ascend's vector unit compares one by one; see gating-*-floats",
         ),

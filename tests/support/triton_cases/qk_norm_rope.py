@@ -38,7 +38,7 @@ def _cases(
             kernel="qk_norm_rope:qk_norm_rope_kernel",
             signature=signature,
             constants=constants | _blocks(heads, cuda_heads) | {"SPLIT": True, "ASCEND": False},
-            num_warps=8 if constants["NORM"] == "full" else 2,
+            num_warps=8 if constants["NORM"] == "full" else 4,
             enable_fp_fusion=False,
             cuda_only="a program per part of a token, which takes more programs than Ascend has cores",
         ),
