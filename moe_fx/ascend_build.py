@@ -16,15 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from moe_fx import __version__
-from moe_fx.ascend_library import FILE_NAME, default_path
+from moe_fx.ascend_library import FILE_NAME, default_path, sources
 from moe_fx.errors import MissingToolchainError
 
 __all__ = ["build", "cann_home"]
 
 _HOMES = ("ASCEND_HOME_PATH", "ASCEND_TOOLKIT_HOME")
-_PACKAGE = Path(__file__).parent
-# In the package, and in the repository, which an editable install runs from.
-_SOURCES = (_PACKAGE / "ascendc", _PACKAGE.parent / "csrc" / "ascendc")
 # Ascend C in CMake, as CANN has it in its folders; what `find_package(ASC)` reads is there from CANN 8.5 on.
 _KERNEL_CMAKE = "*/tikcpp/ascendc_kernel_cmake"
 _ASC_CONFIGS = ("asc-config.cmake", "ASCConfig.cmake")
@@ -32,14 +29,15 @@ _SHOWN_LINES = 40
 
 
 def build(
-    output: Path | None = None,
+    output: str | Path | None = None,
     build_dir: Path | None = None,
     log: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Build the library and return its path.
 
     Args:
-        output: the file to write, or a folder to write it into; default its place in the package.
+        output: the file to write, or a folder to write it into, which exists or ends in a separator; default its place
+            in the package.
         build_dir: keeps what the build makes, for a faster next one; default a temporary folder.
         log: is told each step.
 
@@ -48,17 +46,17 @@ def build(
     """
     if not sys.platform.startswith("linux"):
         raise MissingToolchainError(f"CANN runs on Linux only; this is {sys.platform}")
-    cann, cmake, sources = cann_home(), _cmake(), _sources()
+    cann, cmake, source = cann_home(), _cmake(), sources()
     for package, remedy in (("torch", "torch>=2.10"), ("torch_npu", "torch-npu, in the release of your torch")):
         if importlib.util.find_spec(package) is None:
             raise MissingToolchainError(f"{package} is not installed in this environment; pip install {remedy}")
-    target = default_path() if output is None else output / FILE_NAME if output.is_dir() else output
+    target = _target(output)
     if not os.access(_nearest(target.parent), os.W_OK):
         raise MissingToolchainError(f"{target.parent} cannot be written to; name another place with --output")
     with tempfile.TemporaryDirectory(prefix="moe_fx_ascendc_") as temporary:
         folder = build_dir or Path(temporary)
         log(f"CANN {cann}")
-        log(f"building {sources} in {folder}")
+        log(f"building {source} in {folder}")
         options = [
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DMOE_FX_VERSION={__version__}",
@@ -66,7 +64,7 @@ def build(
         ]
         if (config := _asc_config(cann)) is not None:
             options.append(f"-DASC_DIR={config.parent}")
-        _run([cmake, "-S", str(sources), "-B", str(folder), *options], cann)
+        _run([cmake, "-S", str(source), "-B", str(folder), *options], cann)
         _run([cmake, "--build", str(folder), "--parallel", str(os.cpu_count() or 1)], cann)
         target.parent.mkdir(parents=True, exist_ok=True)
         # Put in place as a whole: another process may be loading the one before.
@@ -105,11 +103,13 @@ def _asc_config(cann: Path) -> Path | None:
     return next((path for place in places for path in sorted(cann.glob(place))), None)
 
 
-def _sources() -> Path:
-    for folder in _SOURCES:
-        if (folder / "CMakeLists.txt").is_file():
-            return folder
-    raise MissingToolchainError("this installation of moe-fx lacks the kernels' sources; reinstall it")
+def _target(output: str | Path | None) -> Path:
+    """The file to write."""
+    if output is None:
+        return default_path()
+    # A path does not keep a separator at its end, by which a folder is named that is not there yet.
+    is_folder = str(output).endswith(os.sep) or Path(output).is_dir()
+    return Path(output) / FILE_NAME if is_folder else Path(output)
 
 
 def _cmake() -> str:

@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--output", type=Path, metavar="FILE", help="the file to extend (default: the user's own)")
 
     ascend = command("build-ascend", _build_ascend, "build the Ascend C kernels for this machine's CANN and torch_npu")
-    ascend.add_argument("--output", type=Path, metavar="PATH", help="file or folder to write (default: the package)")
+    ascend.add_argument("--output", metavar="PATH", help="file, or folder/, to write (default: the package)")
     ascend.add_argument("--build-dir", type=Path, metavar="DIR", help="keep the build here, for a faster next one")
     return parser
 

@@ -23,7 +23,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moe_fx.ascend_library import VARIABLE, default_path, named_path
+from moe_fx.ascend_library import VARIABLE, default_path, misfit, named_path
+from moe_fx.errors import MissingToolchainError
 
 if TYPE_CHECKING:
     from moe_fx._C import CpuInfo
@@ -290,7 +291,12 @@ def _check_ascendc() -> Check:
     name, named = "Ascend C kernels", named_path()
     path = named or default_path()
     if path.is_file():
-        return Check(name, True, str(path), required=False)
+        try:
+            reason = misfit(path)
+        except MissingToolchainError as error:
+            reason = str(error)
+        what, _, remedy = reason.partition("; ")
+        return Check(name, not reason, f"{path}: {what}" if what else str(path), remedy, required=False)
     if named is not None:
         return Check(name, False, f"{VARIABLE} names {named}, which is no file", f"correct or unset {VARIABLE}", False)
     remedy = "optional kernels for int4 experts at decode, built where CANN is: moe-fx build-ascend"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
-from moe_fx import ascend_build, ascend_library, cli, doctor
+from moe_fx import __version__, ascend_build, ascend_library, cli, doctor
 from moe_fx.errors import MissingToolchainError
 
 
@@ -73,6 +74,35 @@ def test_a_build_that_fails_shows_its_end(cann: Path, tmp_path: Path, monkeypatc
     assert not (tmp_path / ascend_library.FILE_NAME).exists()
 
 
+@pytest.mark.parametrize(
+    ("output", "written"),
+    [
+        ("new/", "new/libmoe_fx_ascendc.so"),
+        ("there", "there/libmoe_fx_ascendc.so"),
+        ("new/kernels.so", "new/kernels.so"),
+    ],
+)
+def test_where_the_library_is_written(
+    output: str,
+    written: str,
+    cann: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """CMake only seems to run."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(shutil, "which", lambda name, path: name)
+    monkeypatch.setattr(ascend_build, "_run", lambda command, cann: None)
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / ascend_library.FILE_NAME).write_bytes(b"built")
+    (tmp_path / "there").mkdir()
+    command = ["build-ascend", "--output", f"{tmp_path}/{output}", "--build-dir", str(tmp_path / "build"), "--json"]
+    assert cli.main(command) == 0
+    assert json.loads(capsys.readouterr().out) == {"file": str(tmp_path / written)}
+    assert (tmp_path / written).read_bytes() == b"built"
+
+
 def test_the_doctor_looks_for_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def check() -> doctor.Check:
         (target,) = (target for target in doctor.diagnose().targets if target.name == "ascend")
@@ -83,8 +113,38 @@ def test_the_doctor_looks_for_the_library(tmp_path: Path, monkeypatch: pytest.Mo
     library = tmp_path / "kernels.so"
     monkeypatch.setenv(ascend_library.VARIABLE, str(library))
     assert "MOE_FX_ASCENDC_LIBRARY names" in check().found and not check().ok
-    library.touch()
+    library.write_bytes(b"..." + identity() + b"...")
     assert check() == doctor.Check("Ascend C kernels", True, str(library), required=False)
+    library.write_bytes(identity(digest="0" * 64))
+    assert not check().ok and check().found == f"{library}: was built from other sources than this moe-fx has"
+    assert check().remedy == f"build it anew with `moe-fx build-ascend --output {library}`, or remove it"
+    monkeypatch.setattr(ascend_library, "_SOURCES", ())
+    assert check().found.endswith("lacks the kernels' sources") and check().remedy == "reinstall it"
     monkeypatch.delenv(ascend_library.VARIABLE)
     monkeypatch.setattr(doctor, "default_path", lambda: tmp_path / "missing.so")
     assert "moe-fx build-ascend" in check().remedy
+
+
+def identity(version: str = __version__, digest: str | None = None) -> bytes:
+    digest = digest or ascend_library._digest(ascend_library.sources())
+    return f"moe-fx {version} with kernel sources {digest}\0".encode()
+
+
+def test_what_a_library_was_built_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "kernels.so"
+    library.write_bytes(identity())
+    assert ascend_library.misfit(library) == ""
+    folder = tmp_path / "ascendc"
+    shutil.copytree(ascend_library.sources(), folder)
+    monkeypatch.setattr(ascend_library, "_SOURCES", (folder,))
+    (folder / "README.md").write_text("other words")
+    assert ascend_library.misfit(library) == ""
+    with (folder / "kernels" / "vector_math.h").open("a") as header:
+        header.write("// more\n")
+    assert "other sources" in ascend_library.misfit(library)
+    library.write_bytes(identity("0.0.1"))
+    assert ascend_library.misfit(library).startswith(f"is of moe-fx 0.0.1, and this is {__version__}; build it anew")
+    library.write_bytes(b"")
+    assert ascend_library.misfit(library).startswith(f"was not built by moe-fx {__version__}; build it anew")
+    monkeypatch.setattr(ascend_library, "default_path", lambda: library)
+    assert "`moe-fx build-ascend`" in ascend_library.misfit(library), "which writes there without being told"

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from moe_fx import __version__
-from moe_fx.ascend_library import VARIABLE, default_path, named_path
+from moe_fx.ascend_library import VARIABLE, default_path, misfit, named_path
 from moe_fx.errors import MissingToolchainError
 
 NAMESPACE = "moe_fx_ascend"
@@ -44,8 +43,8 @@ def loaded() -> Path | None:
     """The library, loaded; None where there is none.
 
     Raises:
-        MissingToolchainError: the variable names a file that is not there, the library cannot be loaded, or it is of
-            another release of moe-fx.
+        MissingToolchainError: the variable names a file that is not there, the library cannot be loaded, or it was
+            built from other sources than this moe-fx has.
     """
     named = named_path()
     library = named or default_path()
@@ -53,6 +52,8 @@ def loaded() -> Path | None:
         if named is not None:
             raise MissingToolchainError(f"{VARIABLE} names {named}, which does not exist; unset it to run without")
         return None
+    if reason := misfit(library):
+        raise MissingToolchainError(f"the Ascend C kernel library {library} {reason}")
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
@@ -60,10 +61,4 @@ def loaded() -> Path | None:
             f"the Ascend C kernel library {library} cannot be loaded ({error.__cause__ or error}); build it for this "
             f"CANN and torch_npu with `moe-fx build-ascend`, or remove it"
         ) from error
-    version = getattr(torch.ops.moe_fx_ascend, "library_version", None)
-    if version is None or version() != __version__:
-        raise MissingToolchainError(
-            f"the Ascend C kernel library {library} is not of moe-fx {__version__}; build it anew with "
-            f"`moe-fx build-ascend`, or remove it"
-        )
     return library

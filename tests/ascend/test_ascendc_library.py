@@ -17,7 +17,7 @@ import torch
 from host_cann.kernels import TOOLKIT
 from lowered_op import difference, kernel
 
-from moe_fx import ascend_build, cli
+from moe_fx import ascend_build, ascend_library, cli
 from moe_fx.ascend_library import VARIABLE
 from moe_fx.errors import MissingToolchainError
 from moe_fx.lowering.ascend import kernel_library, w4a16
@@ -107,6 +107,7 @@ def test_a_library_that_is_named_must_exist(monkeypatch):
 
 def test_a_library_that_cannot_be_loaded_names_the_way_out(monkeypatch, tmp_path):
     library = tmp_path / "broken.so"
+    monkeypatch.setattr(kernel_library, "misfit", lambda library: "")
     library.write_bytes(b"not a library")
     monkeypatch.setenv(VARIABLE, str(library))
     with pytest.raises(
@@ -115,11 +116,12 @@ def test_a_library_that_cannot_be_loaded_names_the_way_out(monkeypatch, tmp_path
         kernel_library.loaded.__wrapped__()
 
 
-def test_a_library_of_another_release_is_not_used(kernels, monkeypatch):
-    monkeypatch.setattr(kernel_library, "__version__", "0.0.1")
-    with pytest.raises(
-        MissingToolchainError, match=r"is not of moe-fx 0\.0\.1; build it anew with `moe-fx build-ascend`"
-    ):
+def test_a_library_says_what_it_was_built_from(kernels, monkeypatch, tmp_path):
+    assert ascend_library.misfit(kernels) == "", "CMake and Python digest alike"
+    shutil.copytree(ascend_library.sources(), tmp_path / "ascendc")
+    (tmp_path / "ascendc" / "tiling" / "w4a16_plan.cpp").write_text("// changed")
+    monkeypatch.setattr(ascend_library, "_SOURCES", (tmp_path / "ascendc",))
+    with pytest.raises(MissingToolchainError, match=r"was built from other sources .*; build it anew with `moe-fx"):
         kernel_library.loaded.__wrapped__()
 
 

@@ -95,6 +95,18 @@ def test_activations_may_be_views_and_tokens_none():
     assert torch.ops.moe_fx_ascend.experts_w4a16(*empty, *operands[3:]).shape == (0, 128)
 
 
+@pytest.mark.skipif(on_hardware(), reason="calls the operator in GE's place")
+def test_the_ge_operator_takes_no_tokens():
+    """Torchair leaves out what it knows to be empty; a dynamic size it may not know."""
+    from host_cann import custom_ops
+
+    operands = layer(3, torch.bfloat16)
+    y = custom_ops.run("MoeFxExpertsW4A16", operands)
+    assert torch.equal(y, torch.ops.moe_fx_ascend.experts_w4a16(*on_npu(operands)).cpu())
+    empty = custom_ops.run("MoeFxExpertsW4A16", [*(operand[:0] for operand in operands[:3]), *operands[3:]])
+    assert (empty.shape, empty.dtype) == ((0, 128), torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

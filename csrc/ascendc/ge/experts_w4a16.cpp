@@ -94,6 +94,9 @@ class MoeFxExpertsW4A16 : public ge::EagerExecuteOp {
     const gert::Tensor& w2Scale = required(context, kW2Scale);
     const gert::Tensor* offset = context.GetOptionalInputTensor(kW13Offset);
     const gert::Tensor* w2Offset = context.GetOptionalInputTensor(kW2Offset);
+    gert::Tensor* y = context.MallocOutputTensor(0, x.GetShape(), x.GetFormat(), x.GetDataType());
+    // Without tokens there is nothing to launch, and perhaps no memory behind y.
+    if (size(x, 0) == 0) return;
     void* stream = context.GetStream();
     uint32_t cores = 0;
     if (aclrtGetStreamResLimit(stream, ACL_RT_DEV_RES_VECTOR_CORE, &cores) != ACL_SUCCESS) {
@@ -107,7 +110,6 @@ class MoeFxExpertsW4A16 : public ge::EagerExecuteOp {
                                                            .group = size(x, 1) / size(scale, 1),
                                                            .hasOffset = offset != nullptr},
                                                           cores);
-    gert::Tensor* y = context.MallocOutputTensor(0, x.GetShape(), x.GetFormat(), x.GetDataType());
     void* workspace = context.MallocWorkSpace(plan.workspaceBytes);
     if (y == nullptr || workspace == nullptr) throw std::runtime_error("device memory is exhausted");
     launch(stream, cores,

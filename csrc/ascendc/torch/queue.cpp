@@ -20,7 +20,7 @@ std::string device_refusal() {
 }
 
 uint32_t vector_cores() {
-  const int kind = static_cast<int>(c10_npu::DevResLimitType::VECTOR);
+  constexpr int32_t kind = ACL_RT_DEV_RES_VECTOR_CORE;
   const c10_npu::NPUStream stream = c10_npu::getCurrentNPUStream();
   // Cores that synchronise must all run at once: more than a limited stream has would wait for ever.
   return c10_npu::is_core_control_enabled() ? c10_npu::GetStreamResLimit(stream, kind)

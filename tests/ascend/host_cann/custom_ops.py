@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,4 +47,6 @@ def run(operator: str, inputs: Sequence[torch.Tensor | None]) -> torch.Tensor | 
     if status:
         why: Any = LIBRARY.aclGetRecentErrMsg() if status == 1 else b"the output is not what its inference says"
         raise RuntimeError(f"{operator}: {why.decode()}")
-    return memory[made.data].cpu().view(RUNTIME_DTYPES[made.dtype]).reshape(list(made.dims[: made.ndim]))
+    dtype, sizes = RUNTIME_DTYPES[made.dtype], made.dims[: made.ndim]
+    # Of none, one byte was allocated.
+    return memory[made.data].cpu()[: math.prod(sizes) * dtype.itemsize].view(dtype).reshape(sizes)

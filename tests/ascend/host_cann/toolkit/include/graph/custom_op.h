@@ -52,14 +52,16 @@ class Tensor {
   void* data_ = nullptr;
 };
 
-// Of an operator with one output. An absent input is a tensor without data.
+// Of an operator with one output. An absent input is a tensor without data and dimensions; an empty one has the latter.
 class EagerOpExecutionContext {
  public:
   EagerOpExecutionContext(const std::vector<Tensor>& inputs, host_cann_allocate allocate)
       : inputs_(inputs), allocate_(allocate) {}
   const Tensor* GetRequiredInputTensor(size_t index) const { return GetOptionalInputTensor(index); }
   const Tensor* GetOptionalInputTensor(size_t index) const {
-    return index < inputs_.size() && inputs_[index].GetAddr() ? &inputs_[index] : nullptr;
+    if (index >= inputs_.size()) return nullptr;
+    const Tensor& input = inputs_[index];
+    return input.GetAddr() || !input.GetShape().GetStorageShape().sizes.empty() ? &input : nullptr;
   }
   void* GetStream() const { return nullptr; }
   Tensor* MallocOutputTensor(size_t, const StorageShape& shape, const StorageFormat&, ge::DataType dtype) {
