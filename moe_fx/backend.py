@@ -1,8 +1,8 @@
 """The ``torch.compile`` backend ``moe_ascend``: capture, match, lower, hand off; unfused whenever fusing cannot work.
 
 Found through the entry-point group ``torch_dynamo_backends``. Importing this module, which ``torch.compile`` does
-before any tracing, also installs the hook that makes transformers' eager experts traceable (only while this backend
-traces).
+before any tracing, also installs the hooks that make transformers' eager experts traceable, and keep the sizes of
+attention symbolic on NPUs (only while this backend traces).
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import fx
 from moe_fx import downstream
 from moe_fx.cache.artifacts import Artifacts
 from moe_fx.cache.graph_cache import GraphCache
-from moe_fx.capture import copy_graph_module, export, needs_gradients, specialize
+from moe_fx.capture import copy_graph_module, export, needs_gradients, restart_with_constant_floats, specialize
 from moe_fx.check import checked
 from moe_fx.dump import GraphDumper
 from moe_fx.errors import CaptureError, MoeFxError, MoeFxWarning, UnsupportedError
+from moe_fx.integrations import torch_npu as torch_npu_hook
 from moe_fx.integrations import transformers as transformers_hook
 from moe_fx.lowering import targets
 from moe_fx.options import Options
@@ -29,6 +30,7 @@ from moe_fx.pipeline import PREPARE_HINT, GraphReport, lower, run_passes
 from moe_fx.shards import over_shards
 
 transformers_hook.install()
+torch_npu_hook.install()
 
 
 def moe_ascend(
@@ -81,6 +83,8 @@ def moe_ascend(
         _warn(f"{report.unfused_reason}; it runs unfused. Call the model under torch.no_grad() to fuse it.")
         return finish(gm)
 
+    if finisher != "eager":
+        restart_with_constant_floats(gm)
     dumper = GraphDumper(opts.dump_dir, compile_id)
     unfused = canonical = None
     try:

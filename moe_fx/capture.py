@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
+from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moe_fx.errors import CaptureError
@@ -51,6 +52,19 @@ def specialize(gm: fx.GraphModule) -> fx.GraphModule:
         _drop_grad_mode_switches(gm)
         gm.recompile()
     return gm
+
+
+def restart_with_constant_floats(gm: fx.GraphModule) -> None:
+    """Have dynamo trace anew where ``dynamic=True`` made floats symbolic, this time with constants.
+
+    AOTAutograd would ask for that too, behind everything that :func:`specialize` and its callers did, and all would be
+    done twice. Returns where no float is symbolic; otherwise raises what dynamo understands.
+    """
+    values = [node.meta.get("example_value") for node in gm.graph.nodes]
+    mode = torch._guards.detect_fake_mode(values)
+    if mode is not None and mode.shape_env is not None and any(isinstance(value, torch.SymFloat) for value in values):
+        # Of a graph without any use for them, as of what `specialize` gives.
+        tensorify_python_scalars(fx.GraphModule({}, fx.Graph()), mode.shape_env, mode)
 
 
 def export(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> fx.GraphModule:

@@ -82,11 +82,11 @@ class Options:
     )
     ascend_nz: bool = _option(False, "Cast prepared expert weights (not int4) to the fractal format NZ on Ascend.")
     ascend_prefetch: bool = _option(
-        False, "Read expert weights into the L2 cache while attention and routing run, on Ascend in mode ge."
+        False, "Read expert weights into the L2 cache while attention and routing run, on Ascend."
     )
     ascend_prefetch_mib: int = _option(32, "How many MiB of each layer's expert weights ascend_prefetch reads.")
     ascend_shared_stream: bool = _option(
-        False, "Compute shared experts on a stream of their own beside the routed ones, on Ascend in mode ge."
+        False, "Compute shared experts on a stream of their own beside the routed ones, on Ascend."
     )
     cache: bool = _option(True, "Keep lowered graphs on disk, so that the next process need not match them again.")
     cache_dir: str | None = _option(None, "Where they are kept; by default moe_fx in the user's cache directory.")

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._inductor.pattern_matcher import stable_topological_sort
 
 from moe_fx.lowering.ops import CANONICAL_OPS
@@ -275,5 +276,6 @@ def _run_fake(node: fx.Node) -> Any:
     mode = torch._guards.detect_fake_mode((args, kwargs))
     if mode is None:
         return node.target(*args, **kwargs)
-    with mode, torch.no_grad():
+    # As dynamo works out shapes: implementations in Python that keep sizes symbolic come before a device's own.
+    with mode, enable_python_dispatcher(), torch.no_grad():
         return node.target(*args, **kwargs)

@@ -1,7 +1,9 @@
 """Optional: read the experts' weights into the L2 cache while the layer's attention and routing run.
 
 Each ``npu_prefetch`` is tied to the tensor that the layer starts from: GE may run it from then on, beside the layer's
-other work. It computes nothing, and nothing waits for it; torch_npu declares it as a side effect, so that it stays.
+other work. A captured graph would run it in its place among that work, so there it goes on a stream of its own, which
+waits for the tensor. It computes nothing, and nothing waits for it; torch_npu declares it as a side effect, so that it
+stays.
 
 The L2 cache holds a fraction of a layer's experts, so the option sets a limit per layer: the first grouped product's
 weight comes first, and what the limit leaves goes to the second's. This pays where most experts are used in each step
@@ -15,9 +17,13 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from moe_fx.lowering.ascend import streams
 from moe_fx.lowering.ascend.arguments import layer_of, value
 from moe_fx.lowering.prepared_inputs import NAMESPACE
+from moe_fx.passes.graph import peel
 
+# All layers use one stream: what is to be used first is read first.
+STREAM = "moe_fx_prefetch"
 _MIB = 1 << 20
 # Operators by name, since this module is imported where torch_npu is not.
 _PRODUCTS = (
@@ -31,10 +37,18 @@ _SUMMANDS = {"npu.npu_rms_norm.default": 1, "npu.npu_add_rms_norm.default": 2}
 _VIEWS = (torch.ops.aten.transpose.int, torch.ops.aten.permute.default, torch.ops.aten.detach.default)
 
 
-def insert(gm: fx.GraphModule, mib: int) -> None:
-    """Put prefetches of at most ``mib`` MiB per layer into a lowered graph, in place."""
+def insert(gm: fx.GraphModule, mib: int, *, captured: bool) -> None:
+    """Put prefetches of at most ``mib`` MiB per layer into a lowered graph, in place.
+
+    Args:
+        captured: the graph is captured, and prefetches go on a stream of their own; otherwise GE runs it.
+
+    Raises:
+        UnsupportedError: this torchair has no streams within a captured graph.
+    """
     order = {node: index for index, node in enumerate(gm.graph.nodes)}
     starts = _starts(order)
+    found: dict[fx.Node, list[fx.Node]] = {}
     left: dict[fx.Node, int] = {}
     for product in order:
         for weight in _weights(product):
@@ -45,10 +59,15 @@ def insert(gm: fx.GraphModule, mib: int) -> None:
                 continue
             fake = value(weight)
             size = min(fake.numel() * fake.element_size(), left.setdefault(first, mib * _MIB))
-            if size == 0:
-                continue
-            _prefetch(gm.graph, weight, first, size)
-            left[first] -= size
+            if size:
+                found.setdefault(first, []).append(_prefetch(gm.graph, weight, first, size))
+                left[first] -= size
+    # From the last on, each right behind its start: so they keep their order where starts are the graph's inputs.
+    for prefetches in reversed(found.values()):
+        if captured:
+            streams.put_on(STREAM, gm.graph, prefetches, captured=True, option="ascend_prefetch")
+        else:
+            streams.put_behind_inputs(gm.graph, prefetches)
 
 
 def _starts(order: dict[fx.Node, int]) -> dict[str, fx.Node]:
@@ -63,11 +82,12 @@ def _starts(order: dict[fx.Node, int]) -> dict[str, fx.Node]:
 
 
 def _routed_rows(product: fx.Node) -> fx.Node | None:
-    """Where no layer is known: what the block routes, which is there before its router has run."""
+    """Where no layer is known: what the block routes, which is there before its router has run; its views need not."""
     node: fx.Node | None = product
     while node is not None and str(node.target) != "npu.npu_moe_init_routing_v2.default":
         node = node.all_input_nodes[0] if node.all_input_nodes else None
-    return node and node.all_input_nodes[0]
+    found: fx.Node | None = peel(node.all_input_nodes[0]) if node is not None else None
+    return found
 
 
 def _weights(product: fx.Node) -> Iterator[fx.Node]:
@@ -85,15 +105,9 @@ def _is_given(weight: fx.Node) -> bool:
     return weight.op == "placeholder" or getattr(weight.target, "namespace", None) == NAMESPACE
 
 
-def _prefetch(graph: fx.Graph, weight: fx.Node, start: fx.Node, size: int) -> None:
-    """A prefetch of ``size`` bytes of ``weight`` as soon as ``start`` is there."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    last = max((start, weight), key=order.__getitem__)
-    if last.op == "placeholder":  # Inputs stay together, in front.
-        last = graph.find_nodes(op="placeholder")[-1]
-    while last.next.target is torch.ops.npu.npu_prefetch.default:  # Torchair runs them in the graph's order.
-        last = last.next
-    with graph.inserting_after(last):
-        node = graph.call_function(torch.ops.npu.npu_prefetch.default, (weight, start, size))
+def _prefetch(graph: fx.Graph, weight: fx.Node, start: fx.Node, size: int) -> fx.Node:
+    """A prefetch of ``size`` bytes of ``weight`` as soon as ``start`` is there, yet to be put in its place."""
+    node = graph.call_function(torch.ops.npu.npu_prefetch.default, (weight, start, size))
     node.meta = {key: start.meta[key] for key in ("stack_trace", "nn_module_stack") if key in start.meta}
     node.meta["val"] = None
+    return node

@@ -52,15 +52,13 @@ class Settings:
     def of(cls, options: Chosen, mode: str | None = None) -> Settings:
         """The settings that options and ``torch.compile``'s mode ask for."""
         ge = (mode or options.downstream_options.get("mode", "ge")) == "ge"
-        # Only GE runs a prefetch beside other work; a captured graph would wait for it, on its one stream.
-        prefetch = options.ascend_prefetch and ge
         in_product = options.ascend_combine == "grouped_matmul_finalize_routing"
         return cls(
             combine="finalize_routing" if in_product else options.ascend_combine,
             combine_in_product=in_product,
             prepare=options.ascend_weights == "prepared",
             nz=options.ascend_nz,
-            prefetch_mib=options.ascend_prefetch_mib if prefetch else 0,
-            shared_stream=options.ascend_shared_stream and ge,
+            prefetch_mib=options.ascend_prefetch_mib if options.ascend_prefetch else 0,
+            shared_stream=options.ascend_shared_stream,
             ge=ge,
         )

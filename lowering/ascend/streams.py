@@ -5,18 +5,26 @@
 
 The nodes are put together right behind their last input, between the marks that ``torchair.scope.npu_stream_switch``
 leaves in a graph. GE waits where data passes from one stream to the other: the shared expert for ``h``, the addition
-for both. Only GE does: a captured graph would need events of its own, and gets no second stream.
+for both. A captured graph waits where it is told to, and reuses memory in the order of its nodes, so there it reads
+
+    h, record -> [scope: wait, gate, up, act, down, record] -> route -> experts -> wait, hold h -> add
+
+``hold`` keeps h's memory from the main stream's later results while the other stream may still read it. Memory that
+belongs to the other stream goes back to it behind the addition, which its next scope waits for.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import fx
 
 from moe_fx.errors import UnsupportedError
+from moe_fx.lowering.ascend import kernel_library
 from moe_fx.lowering.ascend.arguments import layer_of
 from moe_fx.passes.graph import is_collective, module_path
 
@@ -35,8 +43,19 @@ _ADDITIONS = ("aten.add.Tensor", "npu.npu_add_rms_norm.default", "moe_fx.add_rms
 _PRODUCTS = ("mm", "matmul", "linear", "addmm", "bmm")
 
 
-def insert(gm: fx.GraphModule) -> int:
+@kernel_library.define("(Tensor[] tensors) -> ()", fake=lambda tensors: None)
+def hold(tensors: list[torch.Tensor]) -> None:
+    """Nothing, with tensors whose memory must be theirs until then."""
+
+
+fx.node.has_side_effect(torch.ops.moe_fx_ascend.hold.default)
+
+
+def insert(gm: fx.GraphModule, *, captured: bool) -> int:
     """Put every shared expert of a lowered graph on the second stream, in place; returns how many there were.
+
+    Args:
+        captured: the graph is captured, so that it must wait of its own; otherwise GE runs it.
 
     Raises:
         UnsupportedError: this torchair has no streams within a graph.
@@ -45,8 +64,8 @@ def insert(gm: fx.GraphModule) -> int:
     for combined in list(gm.graph.nodes):
         join, other = _addition(combined) if str(combined.target) in _COMBINED else (None, None)
         branch = _branch(combined, join, other) if join is not None and other is not None else []
-        if branch:
-            _put_in_scope(gm.graph, branch)
+        if join is not None and branch:
+            _put_beside(gm.graph, branch, join, captured)
             found += 1
     return found
 
@@ -110,25 +129,78 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
-def _put_in_scope(graph: fx.Graph, branch: list[fx.Node]) -> None:
-    try:
+def _put_beside(graph: fx.Graph, branch: list[fx.Node], join: fx.Node, captured: bool) -> None:
+    option = "ascend_shared_stream"
+    if captured:
+        record, wait = _events(option)
+        # The graph's own inputs stay anyway.
+        read = [node for node in _inputs(branch) if node.op == "call_function" and not _is_size(node)]
+        with graph.inserting_before(join):
+            done = _call(graph, record)
+            _call(graph, wait, [done])
+            if read:
+                _call(graph, torch.ops.moe_fx_ascend.hold.default, read)
+        branch = [*branch, done]
+    put_on(STREAM, graph, branch, captured=captured, option=option)
+
+
+def put_on(stream: str, graph: fx.Graph, nodes: list[fx.Node], *, captured: bool, option: str) -> None:
+    """Move nodes as ``put_behind_inputs`` does, and onto a stream, which starts on them when the inputs are there.
+
+    Args:
+        nodes: in order.
+        captured: see ``insert``.
+        option: what a user can switch off where this torchair has no streams.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    with _needed_for(option):
         from torchair.scope import npu_stream_switch
 
-        names, values = (list(column) for column in zip(*npu_stream_switch(STREAM).attrs, strict=True))
+        names, values = (list(column) for column in zip(*npu_stream_switch(stream).attrs, strict=True))
         enter, leave = torch.ops.air.scope_enter.default, torch.ops.air.scope_exit.default
-    except (ImportError, AttributeError) as error:
-        raise UnsupportedError(
-            f"this torchair has no streams in a graph as moe-fx marks them ({error}); set ascend_shared_stream=False"
-        ) from error
+    marks = [_call(graph, enter, names, values)]
+    if captured:
+        record, wait = _events(option)
+        start = _call(graph, record)
+        marks = [start, *marks, _call(graph, wait, [start])]
+    put_behind_inputs(graph, [*marks, *nodes, _call(graph, leave)])
+
+
+def put_behind_inputs(graph: fx.Graph, nodes: list[fx.Node]) -> None:
+    """Move nodes together, in order, right behind the last that they read and the graph's inputs."""
     order = {node: index for index, node in enumerate(graph.nodes)}
-    inside = set(branch)
-    before = [operand for node in branch for operand in node.all_input_nodes if operand not in inside]
-    last = max([*before, *graph.find_nodes(op="placeholder")[-1:]], key=order.__getitem__)
-    with graph.inserting_after(last):
-        place = graph.call_function(enter, (names, values))
-    place.meta["val"] = None
-    for node in branch:
+    place = max([*_inputs(nodes), *graph.find_nodes(op="placeholder")[-1:]], key=order.__getitem__)
+    for node in nodes:
         place.append(node)
         place = node
-    with graph.inserting_after(place):
-        graph.call_function(leave).meta["val"] = None
+
+
+def _inputs(nodes: list[fx.Node]) -> list[fx.Node]:
+    """What nodes read of others."""
+    return list(dict.fromkeys(operand for node in nodes for operand in node.all_input_nodes if operand not in nodes))
+
+
+def _call(graph: fx.Graph, target: torch._ops.OpOverload, *args: Any) -> fx.Node:
+    node = graph.call_function(target, args)
+    node.meta["val"] = None
+    return node
+
+
+def _events(option: str) -> tuple[torch._ops.OpOverload, torch._ops.OpOverload]:
+    """Operators that record an event on the current stream, and let that stream wait for such."""
+    with _needed_for(option):
+        import torchair.ops  # noqa: F401  Defines them.
+
+        return torch.ops.air.record.default, torch.ops.air.wait.default
+
+
+@contextmanager
+def _needed_for(option: str) -> Iterator[None]:
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise UnsupportedError(
+            f"this torchair has no streams in a graph as moe-fx marks them ({error}); set {option}=False"
+        ) from error

@@ -25,7 +25,6 @@ _CHOOSERS = {
     "add_rms_norm": norms.choose_add_rms_norm,
     "qk_norm_rope": rope.choose,
     "swiglu": norms.choose_swiglu,
-    "attention": attention.choose,
 }
 _EXPERTS = {
     "experts": experts.choose,
@@ -54,7 +53,9 @@ class AscendTarget(ReferenceTarget):
 
     def lower(self, gm: fx.GraphModule, downstream: str) -> None:
         """See :class:`Target`."""
-        nodes = [node for node in gm.graph.nodes if canonical_name(node) is not None]
+        # What torch_npu makes of PyTorch's attention is not for every graph that torchair finishes.
+        others = (attention.SDPA,) if downstream == "torchair" else ()
+        nodes = [node for node in gm.graph.nodes if canonical_name(node) is not None or node.target in others]
         # Looked up first: a router that is lowered already is not recognised any more.
         safe = {node for node in nodes if canonical_name(node) in _EXPERTS and ids_in_range(node)}
         lowered = False
@@ -66,11 +67,14 @@ class AscendTarget(ReferenceTarget):
             choice.rewrite(gm, node)
             lowered = True
         if lowered and downstream == "torchair" and self.settings.prefetch_mib:
-            prefetch.insert(gm, self.settings.prefetch_mib)
+            prefetch.insert(gm, self.settings.prefetch_mib, captured=not self.settings.ge)
         if lowered and downstream == "torchair" and self.settings.shared_stream:
-            streams.insert(gm)
+            streams.insert(gm, captured=not self.settings.ge)
         gm.graph.lint()
         gm.recompile()
+
+    def _settings(self, downstream: str) -> Settings:
+        return dataclasses.replace(self.settings, ge=self.settings.ge and downstream == "torchair")
 
     def _choose(self, node: fx.Node, downstream: str, ids_in_range: bool) -> Choice:
         name = canonical_name(node)
@@ -78,7 +82,9 @@ class AscendTarget(ReferenceTarget):
             raise Refused("torch_npu is not installed")
         if name in _CHOOSERS:
             return _CHOOSERS[name](node)
-        settings = dataclasses.replace(self.settings, ge=self.settings.ge and downstream == "torchair")
+        settings = self._settings(downstream)
+        if name == "attention" or node.target is attention.SDPA:
+            return attention.choose(node, settings)
         if name == "route":
             return route.choose(node, settings)
         if name in _EXPERTS:

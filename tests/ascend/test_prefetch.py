@@ -6,13 +6,14 @@ import pytest
 
 pytest.importorskip("torch_npu", reason="needs torch_npu over the CANN stand-in; run: make test-ascend")
 
+import stream_races
 import torch
 from compiling import compile_with_report, relative_error
 from host_cann import ge_interpreter
 from lowered_op import graph_of
 from model_cases import build, inputs
 
-from moe_fx.lowering.ascend import prefetch
+from moe_fx.lowering.ascend import prefetch, streams
 from moe_fx.lowering.ascend.settings import Settings
 from moe_fx.lowering.ascend.target import AscendTarget
 from moe_fx.lowering.ops import CANONICAL_OPS
@@ -107,11 +108,51 @@ def test_from_the_cache(tmp_path):
     assert counts == [("miss", 4), ("hit", 4)]
 
 
-def test_not_for_captured_graphs():
+def captured(monkeypatch, model, *args, **options):
+    """What is captured of a model on which stream, and the model's result when that is replayed."""
+    run = compile_with_report(
+        model, fullgraph=True, downstream="torchair", strict=True, cache=False,
+        downstream_options={"mode": "npugraph_ex"}, **options,
+    )  # fmt: skip
+    with stream_races.watched(monkeypatch) as seen:
+        run(*args)
+    result = run(*args)
+    return seen, getattr(result, "logits", result).cpu()
+
+
+def test_a_captured_graph_prefetches_on_a_stream_of_its_own(monkeypatch):
+    model = build("glm4_moe", num_hidden_layers=3).to("npu")
+    plain, want = captured(monkeypatch, model, inputs().to("npu"))
+    torch._dynamo.reset()
+    seen, got = captured(monkeypatch, model, inputs().to("npu"), ascend_prefetch=True)
+    assert torch.equal(got, want)
+    assert seen.on(stream_races.MAIN) == plain.on(stream_races.MAIN) and not seen.races
+    assert seen.on(prefetch.STREAM) == ["npu_prefetch"] * 4, "two weights of each layer with experts"
+    places = [index for index, (stream, _) in enumerate(seen.calls) if stream == prefetch.STREAM]
+    scores = [index for index, (_, call) in enumerate(seen.calls) if call == "_softmax"]
+    products = [index for index, (_, call) in enumerate(seen.calls) if call == "npu_grouped_matmul"]
+    assert len(scores) == 3 and len(products) == 4
+    assert scores[0] < places[0] < places[1] < scores[1] < products[0], "from the second layer's start on"
+    assert products[1] < places[2] < places[3] < scores[2] < products[2], "and from the third's"
+
+
+def test_a_captured_block_prefetches_beside_its_shared_expert(monkeypatch):
+    block = build("glm4_moe").model.layers[1].mlp.to("npu")
+    x = torch.randn(2, 3, HIDDEN).npu()
+    _, want = captured(monkeypatch, block, x)
+    torch._dynamo.reset()
+    seen, got = captured(monkeypatch, block, x, ascend_prefetch=True, ascend_shared_stream=True)
+    assert torch.equal(got, want) and not seen.races
+    assert seen.on(prefetch.STREAM) == ["npu_prefetch"] * 2
+    order = [stream for stream, _ in seen.calls[: seen.calls.index((stream_races.MAIN, "npu_moe_gating_top_k"))]]
+    assert order.count(prefetch.STREAM) == 2 and streams.STREAM in order, "in front of the routing"
+
+
+def test_both_modes_take_the_options():
     chosen = dict(ascend_prefetch=True, ascend_prefetch_mib=8)
-    assert Settings.of(Options(**chosen)).prefetch_mib == 8
-    assert Settings.of(Options(**chosen, downstream_options={"mode": "npugraph_ex"})).prefetch_mib == 0
-    assert Settings.of(Options(ascend_prefetch_mib=8)).prefetch_mib == 0
+    for mode in ("ge", "npugraph_ex"):
+        assert Settings.of(Options(**chosen), mode).prefetch_mib == 8
+        assert Settings.of(Options(ascend_prefetch_mib=8), mode).prefetch_mib == 0
 
 
 @pytest.mark.parametrize("op", ["experts", "experts_int8", "experts_int4"])

@@ -6,11 +6,13 @@ import pytest
 
 pytest.importorskip("torch_npu", reason="needs torch_npu over the CANN stand-in; run: make test-ascend")
 
+import re
 import sys
 
+import stream_races
 import torch
 from compiling import compile_with_report, relative_error
-from host_cann import ge_interpreter
+from host_cann import eager_kernels, ge_interpreter
 from model_cases import build, inputs
 
 from moe_fx.errors import UnsupportedError
@@ -156,18 +158,84 @@ def ge_graph_of_block(block, x):
     return list(graph.op), [t.cpu() for t in (result if isinstance(result, tuple) else (result,))]
 
 
-def test_not_for_captured_graphs():
-    assert Settings.of(Options(ascend_shared_stream=True)).shared_stream
-    assert not Settings.of(Options()).shared_stream
-    chosen = Options(ascend_shared_stream=True, downstream_options={"mode": "npugraph_ex"})
-    assert not Settings.of(chosen).shared_stream
-    assert not Settings.of(Options(ascend_shared_stream=True), "npugraph_ex").shared_stream
+def captured(monkeypatch, model, *args, dynamic=False, **options):
+    """What is captured of a model on which stream, and the model's result when that is replayed."""
+    torch._dynamo.reset()
+    run = compile_with_report(
+        model, dynamic=dynamic, fullgraph=True, downstream="torchair", strict=True, cache=False,
+        downstream_options={"mode": "npugraph_ex"}, **options,
+    )  # fmt: skip
+    with stream_races.watched(monkeypatch) as seen:
+        run(*args)
+    eager_kernels.EVENTS.clear()
+    result = run(*args)
+    assert 2 in eager_kernels.EVENTS and 0 not in eager_kernels.EVENTS, "replayed as it was captured"
+    result = result[0] if isinstance(result, tuple) else getattr(result, "logits", result)
+    return seen, result.cpu()
 
 
-def test_a_torchair_without_streams_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchair.scope", None)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", SHARED)
+def test_a_captured_shared_expert_has_a_stream_of_its_own(name, dynamic, monkeypatch):
+    model = build(name, num_hidden_layers=3).to("npu")
+    plain, want = captured(monkeypatch, model, inputs().to("npu"), dynamic=dynamic)
+    assert {stream for stream, _ in plain.calls} == {stream_races.MAIN}, "off by default"
+    seen, got = captured(monkeypatch, model, inputs().to("npu"), dynamic=dynamic, ascend_shared_stream=True)
+    assert torch.equal(got, want)
+    assert seen.on(streams.STREAM) == ["matmul", "matmul", "silu_", "mul_", "matmul"] * 2, "of both MoE layers"
+    assert sorted(call for _, call in seen.calls) == sorted(call for _, call in plain.calls), "in another order"
+    assert not seen.races
+    # It is enqueued in front of the routing that it runs beside.
+    first, gating = seen.calls.index((streams.STREAM, "matmul")), (stream_races.MAIN, "npu_moe_gating_top_k")
+    assert first < seen.calls.index(gating)
+
+
+WAITS, HOLD = "wait.default", "hold.default"
+
+
+@pytest.mark.parametrize(
+    ("mark", "which", "missing"),
+    [
+        (WAITS, 0, "on moe_fx_shared and add_ on main"),
+        (WAITS, 1, "on main and matmul on moe_fx_shared"),
+        (HOLD, 0, "matmul on moe_fx_shared and npu_[a-z_]+ on main"),
+    ],
+    ids=["the addition", "the start", "memory"],
+)
+def test_a_captured_graph_needs_each_of_its_marks(mark, which, missing, monkeypatch):
+    call, met = streams._call, []
+
+    def without(graph, target, *args):
+        met.extend([target] if str(target).endswith(f".{mark}") else [])
+        left_out = met and met[-1] is target and (len(met) - 1) % (2 if mark == WAITS else 1) == which
+        return call(graph, target, *([[]] if left_out else args))
+
+    monkeypatch.setattr(streams, "_call", without)
+    seen, _ = captured(monkeypatch, build("glm4_moe").to("npu"), inputs().to("npu"), ascend_shared_stream=True)
+    assert met and any(re.search(missing, race) for race in seen.races)
+
+
+@pytest.mark.parametrize("form", ["gated", "writes"])
+def test_captured_blocks_of_which_the_input_is_the_graphs(form, monkeypatch):
+    block, x = Block(form), torch.randn(5, 64)
+    want = block(x)
+    want = want[0] if form == "writes" else want
+    seen, got = captured(monkeypatch, block.npu(), x.npu(), ascend_shared_stream=True)
+    assert bool(seen.on(streams.STREAM)) == (form == "gated") and not seen.races
+    assert relative_error(got, want) < 1e-5
+
+
+def test_both_modes_take_the_option():
+    for mode in ("ge", "npugraph_ex"):
+        assert Settings.of(Options(ascend_shared_stream=True), mode).shared_stream
+        assert not Settings.of(Options(), mode).shared_stream
+
+
+@pytest.mark.parametrize("module", ["torchair.scope", "torchair.ops"])
+def test_a_torchair_without_streams_is_named(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
     graph = torch.fx.Graph()
     node = graph.call_function(torch.ops.aten.neg.default, (graph.placeholder("x"),))
     graph.output(node)
     with pytest.raises(UnsupportedError, match="set ascend_shared_stream=False"):
-        streams._put_in_scope(graph, [node])
+        streams.put_on("other", graph, [node], captured=True, option="ascend_shared_stream")

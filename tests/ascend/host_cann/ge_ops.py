@@ -169,8 +169,7 @@ def _add_rms_norm(op: Op, x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tenso
 
 
 def _add_rms_norm_cast(op: Op, x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor) -> Result:
-    y, reciprocal, total = _add_rms_norm(op, x1, x2, gamma)
-    return y.float(), y, reciprocal, total
+    return npu_ops.npu_add_rms_norm_cast(x1, x2, gamma, op.attr("epsilon", 1e-6))
 
 
 def _clipped_swiglu(op: Op, x: torch.Tensor, group_index: torch.Tensor | None = None) -> Result:

@@ -444,6 +444,12 @@ def npu_add_rms_norm(x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, ep
     return *npu_rms_norm(total, gamma, epsilon), total
 
 
+def npu_add_rms_norm_cast(x1: torch.Tensor, x2: torch.Tensor, gamma: torch.Tensor, epsilon: float = 1e-6) -> Tensors:
+    """What torchair makes of ``npu_add_rms_norm`` with a cast to fp32 behind it: the rounded norm in fp32 too."""
+    y, reciprocal, total = npu_add_rms_norm(x1, x2, gamma, epsilon)
+    return y.float(), y, reciprocal, total
+
+
 def npu_swiglu(input: torch.Tensor, dim: int = -1) -> torch.Tensor:
     """``silu(first half) * second half``."""
     gate, up = input.float().chunk(2, dim)
@@ -546,6 +552,60 @@ def npu_fused_infer_attention_score(
     return (result.transpose(1, 2).contiguous() if "_" in input_layout else result), torch.zeros(1)
 
 
+def npu_fusion_attention_v3(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    head_num: int,
+    input_layout: str,
+    pse: None = None,
+    padding_mask: None = None,
+    atten_mask: torch.Tensor | None = None,
+    scale: float = 1.0,
+    keep_prob: float = 1.0,
+    pre_tockens: int = 2147483647,
+    next_tockens: int = 2147483647,
+    inner_precise: int = 0,
+    prefix: None = None,
+    actual_seq_qlen: None = None,
+    actual_seq_kvlen: None = None,
+    sparse_mode: int = 0,
+) -> Tensors:
+    """What torch_npu makes of ``scaled_dot_product_attention``, its forward for BNSD; a mask of True leaves out."""
+    name = "npu_fusion_attention_v3"
+    _require(input_layout == "BNSD" and query.shape[1] == head_num, name, "one layout is modelled, BNSD")
+    _require(keep_prob == 1.0, name, "dropout is not modelled")
+    (batch, heads, queries, width), (kv_heads, keys) = query.shape, key.shape[1:3]
+    one_dtype = query.dtype == key.dtype == value.dtype and query.dtype in FLOATING
+    _require(one_dtype, name, "query, key and value must be of one floating dtype")
+    _require(key.shape == (batch, kv_heads, keys, width) and width <= 768, name, "key must be [B, Nkv, T, D]")
+    fits = value.shape[:3] == key.shape[:3] and value.shape[3] <= width
+    _require(fits, name, "value must be [B, Nkv, T, Dv] with Dv <= D")
+    _require(heads <= 256 and heads % kv_heads == 0, name, "heads")
+    left_out = torch.zeros(queries, keys, dtype=torch.bool)
+    if atten_mask is not None:
+        _require(atten_mask.dtype in (torch.bool, torch.uint8), name, "a mask must be bool or uint8")
+        left_out = atten_mask.bool()
+    if sparse_mode == 2:
+        triangle = torch.ones(2048, 2048, dtype=torch.bool).triu(1)
+        _require(torch.equal(left_out, triangle), name, "causal modes take a triangle of 2048 x 2048")
+        left_out = torch.ones(queries, keys, dtype=torch.bool).triu(1)
+    else:
+        _require(sparse_mode == 0 and min(pre_tockens, next_tockens) == 2147483647, name, "windows are not modelled")
+        shapes = [(batch, heads), (batch, 1), (1, 1), ()]
+        fits = tuple(left_out.shape) in [(*leading, queries, keys) for leading in shapes]
+        _require(fits, name, "a mask must be [B, N, S, T], [B, 1, S, T], [1, 1, S, T] or [S, T]")
+    key, value = (x.float().repeat_interleave(heads // kv_heads, 1) for x in (key, value))
+    scores = (query.float() @ key.transpose(-1, -2) * scale).masked_fill(left_out, -torch.inf)
+    weights = scores.softmax(-1)
+    if inner_precise == 2:
+        weights = weights.nan_to_num(0.0)
+    # What a backward would read, eight times each; seed and offset of a dropout.
+    highest = scores.amax(-1, keepdim=True)
+    sums = [x.expand(-1, -1, -1, 8).clone() for x in (highest, (scores - highest).exp().sum(-1, keepdim=True))]
+    return (weights @ value).to(query.dtype), *sums, query.new_empty(0), *torch.zeros(2, 1, dtype=torch.int64)
+
+
 OPERATORS = {
     function.__name__: function
     for function in (
@@ -562,9 +622,11 @@ OPERATORS = {
         npu_mm_all_reduce_base,
         npu_rms_norm,
         npu_add_rms_norm,
+        npu_add_rms_norm_cast,
         npu_swiglu,
         npu_clipped_swiglu,
         npu_rotary_mul,
         npu_fused_infer_attention_score,
+        npu_fusion_attention_v3,
     )
 }
