@@ -132,7 +132,7 @@ def _check_names(text: str) -> None:
 
 
 def _more_components(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
-    """What a conversion goes by and the graph does not show: marks on inputs and torch_npu's level of determinism.
+    """What a conversion goes by and the graph does not show: marks on inputs; torch_npu's determinism and use of HF32.
 
     Raises:
         Uncacheable: converters or patterns take part whose changes the key would not show.
@@ -142,7 +142,8 @@ def _more_components(gm: fx.GraphModule, inputs: Sequence[Any]) -> str:
     _check_converters(gm)
     _check_patterns()
     level = getattr(torch_npu.npu, "_get_deterministic_level", lambda: None)()
-    return repr([level, [_marks(value) for value in inputs]])
+    hf32 = [torch_npu.npu.matmul.allow_hf32, torch_npu.npu.conv.allow_hf32]
+    return repr([level, hf32, [_marks(value) for value in inputs]])
 
 
 def _marks(value: Any) -> list[Any]:

@@ -102,7 +102,8 @@ def knows(name: str, value: Any) -> bool:
 
 def is_installed() -> bool:
     """Whether torchair is there, on its own or in torch_npu."""
-    return importlib.util.find_spec("torchair") is not None or importlib.util.find_spec("torch_npu") is not None
+    # In this order: once torch_npu is imported, a look at its torchair imports that whole.
+    return importlib.util.find_spec("torch_npu") is not None or importlib.util.find_spec("torchair") is not None
 
 
 def _torchair() -> Any:
@@ -133,6 +134,31 @@ def configure(config: Any, mode: str, options: Mapping[str, Any]) -> Any:
             reason = str(error).strip().splitlines()[0]
             raise OptionError(f"downstream_options[{name!r}] = {value!r}: {reason}") from error
     return config
+
+
+def options_of(config: Any) -> dict[str, Any]:
+    """The options with which ``compile_graph`` goes by a ``torchair.CompilerConfig`` like this one: all that were set.
+
+    Raises:
+        OptionError: it is none.
+    """
+    modes = [mode for mode, names in _NAMES.items() if getattr(getattr(config, "mode", None), "value", None) in names]
+    if not modes:
+        raise OptionError(f"config is {config!r}; give a torchair.CompilerConfig")
+    return {_MODE: modes[0], **dict(_changed(config, type(config)()))}
+
+
+def _changed(place: Any, fresh: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name in place._fixed_attrs:
+        value, default = getattr(place, name), getattr(fresh, name)
+        if hasattr(value, "as_dict"):
+            if hasattr(value, "_fixed_attrs"):  # Not so `export`, which torchair.dynamo_export sets.
+                yield from _changed(value, default, f"{prefix}{name}.")
+            continue
+        # As it was set: ``value`` has True as "1", which is not taken back.
+        value, default = getattr(value, "_value", value), getattr(default, "_value", default)
+        if value != default and prefix + name != _MODE:
+            yield prefix + name, value
 
 
 def _mode(given: str | None, option: str | None) -> str:

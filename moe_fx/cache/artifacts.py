@@ -6,15 +6,16 @@ place where it has its own graph (after AOTAutograd, say). Inductor needs none o
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import fx
 
 from moe_fx.cache.errors import Uncacheable
+from moe_fx.cache.guards import SizeGuards
 from moe_fx.cache.key import graph_digest
 from moe_fx.cache.store import Store, key_of
 from moe_fx.errors import MoeFxWarning
@@ -58,20 +59,27 @@ class Artifacts:
             compile: makes the compiled form.
             dump, load: it as bytes, and back; ``dump`` raises ``Uncacheable`` for what cannot be kept. What ``load``
                 runs is trusted as far as the entry is: it was written by this user, nobody else could change it, and
-                its contents have their hash. Whatever ``load`` raises makes the entry a miss.
+                its contents have their hash. Whatever ``load`` raises makes the entry a miss. What ``compile`` asks
+                about sizes becomes a condition of the entry, as in ``guards``.
             more: components of the key besides the graph's and the compilation's, as text.
         """
         if self._store is None:
             return compile()
+        outcome, sizes = "miss", SizeGuards(gm)
         try:
-            components = {**self._components, **(more or {}), "graph": graph_digest(gm)}
+            # More is known of sizes by now, and ``compile`` need not ask for it.
+            known = hashlib.sha256(sizes.describe().encode()).hexdigest()
+            components = {**self._components, **(more or {}), "graph": graph_digest(gm), "sizes": known}
         except Uncacheable as reason:
             self.outcomes.append(f"off: {reason}")
             return compile()
-        outcome, known = "miss", _guards(gm)
         for path in self._find(kind, components):
             try:
-                _, body = self._store.read(path)
+                header, body = self._store.read(path)
+                guards = header.about.get("guards", "")
+                if not sizes.hold(guards):
+                    outcome = f"miss: the entry holds for sizes with {guards}"
+                    continue
                 loaded = load(body)
             except FileNotFoundError:
                 continue
@@ -85,9 +93,9 @@ class Artifacts:
         self.outcomes.append(outcome)
         compiled = compile()
         try:
-            if _guards(gm) != known:
-                raise Uncacheable("the compiled form holds for some sizes only")
-            self._store.write(kind, components, dump(compiled))
+            guards = sizes.added()
+            about = {"guards": guards} if guards else None
+            self._store.write(kind, components, dump(compiled), variant=sizes.variant(guards), about=about)
         except Uncacheable as reason:
             self.outcomes[-1] = f"off: {reason}"
         except Exception as error:  # Whatever it is, the compiled form is there.
@@ -99,11 +107,3 @@ class Artifacts:
             return [] if self._store is None else self._store.find(key_of(kind, components))
         except OSError:
             return []
-
-
-def _guards(gm: fx.GraphModule) -> int:
-    """How many conditions on sizes there are: a compiler that adds one has made something for these sizes."""
-    nodes = gm.graph.find_nodes(op="placeholder")
-    mode = torch._guards.detect_fake_mode([n.meta.get("val", n.meta.get("example_value")) for n in nodes])
-    env = None if mode is None else mode.shape_env
-    return 0 if env is None else len(env.guards) + len(env.replacements)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import inspect
+import json
 import operator
 import os
 import platform
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from moe_fx import __version__
+from moe_fx.cache.values import code
 
 __all__ = ["decompositions", "hardware", "modes", "variables", "versions", "world"]
 
@@ -86,14 +87,12 @@ def variables(known: Sequence[str]) -> dict[str, str]:
 
 
 def decompositions(table: Mapping[Any, Callable[..., Any]]) -> str:
-    """A digest of a decomposition table: which ops it takes apart, and the source of what is not torch's own."""
-    lines = []
-    for op, function in table.items():
-        module = getattr(function, "__module__", "") or ""
-        line = f"{op} {module}.{getattr(function, '__qualname__', '')}"
-        if module.split(".")[0] != "torch":
-            line += _source(function)
-        lines.append(line)
+    """A digest of a decomposition table: which ops it takes apart, and by what code.
+
+    Raises:
+        Uncacheable: a function that is not torch's is not certain to be told apart from its changes.
+    """
+    lines = [json.dumps([str(op), code(function, f"the decomposition of {op}")]) for op, function in table.items()]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 
@@ -133,10 +132,3 @@ def _functorch_config() -> str:
     """The export's own settings that have plain values, as text."""
     settings = torch._functorch.config.save_config_portable()
     return repr(sorted((k, v) for k, v in settings.items() if v is None or isinstance(v, (bool, int, float, str))))
-
-
-def _source(function: Callable[..., Any]) -> str:
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError):
-        return repr(getattr(function, "__code__", None) and function.__code__.co_code)

@@ -6,7 +6,6 @@ something about it) as a warning, and the graph is compiled as if there were no 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -102,8 +101,7 @@ class GraphCache:
             guards = self._guards.added()
             body = json.dumps({"graph": graph, "guards": guards, "report": report_codec.encode(self._report)}).encode()
             restored = self._with_metadata(graph_codec.decode(json.loads(body)["graph"], self._given))
-            # Entries that hold for different sizes lie side by side.
-            variant = hashlib.sha256(guards.encode()).hexdigest()[:12] if guards else ""
+            variant = self._guards.variant(guards)
             self._store.write(_KIND, self._components, body, variant=variant, about=_about(self._report))
             return restored
         except Uncacheable as reason:

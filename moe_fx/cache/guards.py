@@ -10,6 +10,7 @@ methods, which are what this file isolates.
 from __future__ import annotations
 
 import ast
+import hashlib
 from typing import Any
 
 import torch
@@ -26,11 +27,12 @@ class SizeGuards:
     """The guards of one compilation.
 
     Args:
-        gm: dynamo's graph, before anything was asked about its sizes.
+        gm: dynamo's graph, or a later form of it, before anything is asked about its sizes that is to be kept.
     """
 
     def __init__(self, gm: fx.GraphModule) -> None:
-        values = [node.meta.get("example_value") for node in gm.graph.find_nodes(op="placeholder")]
+        nodes = gm.graph.find_nodes(op="placeholder")
+        values = [node.meta.get("example_value", node.meta.get("val")) for node in nodes]
         mode = torch._guards.detect_fake_mode(values)
         self._env: ShapeEnv | None = mode.shape_env if mode is not None else None
         self._sizes: list[Any] = [v for v in values if isinstance(v, torch.SymInt) and _is_input_symbol(v)]
@@ -39,12 +41,15 @@ class SizeGuards:
         self._known = len(self._env.guards) if self._env is not None else 0
 
     def describe(self) -> str:
-        """What is known of sizes before anything is asked: ranges of symbols and dynamo's own guards, for the key."""
+        """What is known of sizes before anything is asked: ranges of symbols and the guards so far, for the key."""
         if self._env is None:
             return ""
         ranges = sorted(f"{symbol} in {bounds}" for symbol, bounds in self._env.var_to_range.items())
         asserts = sorted(str(item.expr) for items in self._env.deferred_runtime_asserts.values() for item in items)
-        return "\n".join([*ranges, *(str(guard.expr) for guard in self._env.guards), *asserts])
+        # In the form that :meth:`added` writes, guards that an entry put back read like those that were there before.
+        ours = sorted(self._expression([g for g in self._env.guards if self._is_ours(g)]).split(" and "))
+        others = sorted({str(g.expr) for g in self._env.guards if not self._is_ours(g)})
+        return "\n".join([*ranges, *ours, *others, *asserts])
 
     def added(self) -> str:
         """The guards since this object was made, as an expression; "" for none.
@@ -56,17 +61,21 @@ class SizeGuards:
             return ""
         new = list(self._env.guards[self._known :])
         for guard in new:
-            if not guard.expr.free_symbols <= self._symbols:
+            if not self._is_ours(guard):
                 raise Uncacheable(f"the graph holds under {guard.expr}, which is about sizes that are no inputs of it")
         if not new:
             return ""
-        # A symbol that became a number would be left out as static: its guard is what must come back.
-        expression = self._env.produce_guards_expression(self._sizes, guards=new, ignore_static=False) or ""
+        expression = self._expression(new)
         try:
             _check_arithmetic(expression or "True")
         except CacheError as error:
             raise Uncacheable(f"the graph holds under {expression}, which could not be read back") from error
         return expression
+
+    @staticmethod
+    def variant(expression: str) -> str:
+        """What tells entries apart that hold for different sizes and lie side by side."""
+        return hashlib.sha256(expression.encode()).hexdigest()[:12] if expression else ""
 
     def hold(self, expression: str) -> bool:
         """Whether kept guards hold for the sizes at hand; if so, dynamo guards on them from here on.
@@ -82,6 +91,15 @@ class SizeGuards:
         if not self._env.evaluate_guards_expression(expression, [size.node.hint for size in self._sizes]):
             return False
         return bool(self._env.evaluate_guards_expression(expression, self._sizes))
+
+    def _is_ours(self, guard: Any) -> bool:
+        return bool(guard.expr.free_symbols <= self._symbols)
+
+    def _expression(self, guards: list[Any]) -> str:
+        if self._env is None or not guards:
+            return ""
+        # A symbol that became a number would be left out as static: its guard is what must come back.
+        return self._env.produce_guards_expression(self._sizes, guards=guards, ignore_static=False) or ""
 
 
 def _is_input_symbol(size: torch.SymInt) -> bool:

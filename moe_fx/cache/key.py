@@ -11,15 +11,17 @@ import hashlib
 import importlib
 import inspect
 import json
+import types
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 
 from moe_fx.cache import environment, sources
 from moe_fx.cache.errors import Uncacheable
 from moe_fx.cache.graph_identity import device_types, graph_lines
+from moe_fx.cache.values import code, plain
 from moe_fx.options import ENV_PREFIX, Options
 from moe_fx.passes.core import Pass
 
@@ -84,34 +86,42 @@ def graph_digest(gm: fx.GraphModule) -> str:
 
 
 def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(_plain(value, ""), sort_keys=True).encode()).hexdigest()
-
-
-def _plain(value: Any, where: str) -> Any:
-    """A setting as JSON data."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item, str(key)) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, where) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(json.dumps(_plain(item, where)) for item in value)
-    if isinstance(value, (torch.dtype, torch.device)):
-        return str(value)
-    raise Uncacheable(f"{where} is a {type(value).__name__}, whose changes the key would not show")
+    return hashlib.sha256(json.dumps(plain(value, ""), sort_keys=True).encode()).hexdigest()
 
 
 def _extra_pass(item: Pass) -> Any:
-    """A user's pass: the source of its module and how the instance is set up; or what its own ``identity`` says."""
+    """A user's pass: the source of its modules and how class and instance are set up; or what its ``identity`` says."""
     cls = type(item)
     if cls.identity is not Pass.identity:
         return [cls.__qualname__, item.identity()]
+    bases = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("moe_fx", "abc", "builtins", "typing")]
     try:
-        bases = [c for c in cls.__mro__ if c.__module__.split(".")[0] not in ("moe_fx", "abc", "builtins", "typing")]
-        sources_of = [inspect.getsource(importlib.import_module(base.__module__)) for base in bases]
+        modules = [importlib.import_module(base.__module__) for base in bases]
+        sources_of = [inspect.getsource(module) for module in modules]
     except (ImportError, OSError, TypeError) as error:
         raise Uncacheable(f"the pass {item.name!r} has no source file; override its identity()") from error
-    given = getattr(item, "__dict__", {})
-    state = {name: _plain(value, f"{name} of the pass {item.name!r}") for name, value in given.items()}
-    return [cls.__qualname__, item.identity(), sources_of, state]
+    for module in modules:
+        sources.require_unchanged(
+            f"{module.__name__}, the module of the pass {item.name!r},", Path(module.__file__ or "")
+        )
+    members = [_members(base, item) for base in bases]
+    state = [plain(value, _of(item, name)) for name, value in sorted(vars(item).items())]
+    return [cls.__qualname__, item.identity(), sources_of, members, sorted(vars(item)), state]
+
+
+def _members(base: type, item: Pass) -> list[Any]:
+    """What a class has besides its module's source: values set later, methods put in, and what methods enclose."""
+    found = []
+    for name, member in sorted(vars(base).items()):
+        if name.startswith("__") or name == "_abc_impl":
+            continue
+        if isinstance(member, types.MemberDescriptorType):  # Of __slots__: the instance has the value.
+            member = getattr(item, name, None)
+        function = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
+        form = code if callable(function) else plain
+        found.append([name, form(function, _of(item, name))])
+    return found
+
+
+def _of(item: Pass, name: str) -> str:
+    return f"{name} of the pass {item.name!r}"

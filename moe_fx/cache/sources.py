@@ -14,7 +14,7 @@ from pathlib import Path
 from moe_fx.ascend_library import named_path
 from moe_fx.cache.errors import Uncacheable
 
-__all__ = ["digest", "file_digests", "files"]
+__all__ = ["digest", "file_digests", "files", "require_unchanged"]
 
 # By name: in an editable install the last two lie outside the folder of moe_fx.
 _PACKAGES = ("moe_fx", "moe_fx.passes", "moe_fx.lowering")
@@ -52,15 +52,23 @@ def file_digests() -> dict[str, str]:
     return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files()}
 
 
+def require_unchanged(name: str, path: Path) -> None:
+    """Refuse a file of code that is not what this process runs.
+
+    Raises:
+        Uncacheable: it changed since the process began, so that what runs may not be there any more.
+    """
+    status = path.stat()
+    if max(status.st_mtime, status.st_ctime) > _process_began():
+        raise Uncacheable(f"{name} changed while this process runs")
+
+
 def digest() -> str:
     """The digest over all of them.
 
     Raises:
-        Uncacheable: a file changed since this process began, so that it may run what is not there any more.
+        Uncacheable: see :func:`require_unchanged`.
     """
-    began = _process_began()
     for name, path in files():
-        status = path.stat()
-        if max(status.st_mtime, status.st_ctime) > began:
-            raise Uncacheable(f"{name} of moe-fx changed while this process runs")
+        require_unchanged(f"{name} of moe-fx", path)
     return hashlib.sha256(repr(sorted(file_digests().items())).encode()).hexdigest()

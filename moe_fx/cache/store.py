@@ -200,12 +200,13 @@ class Store:
         return dropped
 
     def clear(self) -> int:
-        """Remove every entry; returns how many there were."""
-        paths = self.files()
-        for path in [*paths, *self._names(_TEMPORARY)]:
-            with contextlib.suppress(FileNotFoundError):
+        """Remove every entry that can be removed; returns how many."""
+        removed = 0
+        for path in [*self.files(), *self._names(_TEMPORARY)]:
+            with contextlib.suppress(OSError):
                 self._unlink(path)
-        return len(paths)
+                removed += path.suffix == _SUFFIX
+        return removed
 
     def verify(self) -> Iterator[tuple[Path, str]]:
         """Read every entry; yields its file and what is wrong with it, or ""."""

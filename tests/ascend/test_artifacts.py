@@ -16,19 +16,20 @@ pytest.importorskip("torch_npu", reason="needs torch_npu over the CANN stand-in;
 
 import torch
 from compiling import compile_with_report
+from npu_report import on_hardware
+from torchair import npu_fx_compiler
 
-from moe_fx import downstream, torchair_artifacts
+from moe_fx import downstream, torchair_artifacts, torchair_handoff
 from moe_fx.cache.errors import Uncacheable
 from moe_fx.cache.store import Store
 from moe_fx.errors import MoeFxWarning
+from moe_fx.passes import Pass
 
 PROGRAM = """
 import json, sys
 sys.path[:0] = PATHS
-import host_cann.preload
+DEVICE
 import torch
-import host_cann
-host_cann.install()
 import moe_blocks as blocks
 from compiling import compile_with_report
 from torchair import npu_fx_compiler
@@ -67,7 +68,9 @@ print(json.dumps({
 def program(tmp_path: Path) -> Path:
     here = Path(__file__).parent
     path = tmp_path / "program.py"
-    path.write_text(PROGRAM.replace("PATHS", repr([str(here), str(here.parent / "support")])))
+    paths = repr([str(here), str(here.parent / "support")])
+    device = "import torch_npu" if on_hardware() else "import host_cann.preload; host_cann.install()"
+    path.write_text(PROGRAM.replace("PATHS", paths).replace("DEVICE", device))
     return path
 
 
@@ -90,6 +93,7 @@ def artifact_files(store: Store) -> list[Path]:
     return [path for path in store.files() if store.header(path).kind == torchair_artifacts.KIND]
 
 
+@pytest.mark.npu
 def test_the_second_process_converts_nothing(program: Path) -> None:
     cold, warm = run(program, "dynamic"), run(program, "dynamic")
     assert (cold["graphs"], cold["artifacts"], cold["converted"]) == (["miss"], ["miss"], 1)
@@ -97,6 +101,7 @@ def test_the_second_process_converts_nothing(program: Path) -> None:
     assert warm["results"] == cold["results"] and warm["sites"] == cold["sites"] >= 2
 
 
+@pytest.mark.npu
 def test_fixed_sizes_options_and_lost_artifacts(program: Path, store: Store) -> None:
     cold = run(program, "static", (6, 9))
     assert (cold["graphs"], cold["artifacts"], cold["converted"]) == (["miss"] * 2, ["miss"] * 2, 2)
@@ -117,6 +122,20 @@ def test_fixed_sizes_options_and_lost_artifacts(program: Path, store: Store) -> 
     assert again["results"] == cold["results"][:1]
 
 
+@pytest.mark.parametrize("mode", torchair_handoff.MODES)
+def test_the_benchmark_tells_what_a_warm_start_skips(mode: str) -> None:
+    root = Path(__file__).parents[2]
+    arguments = ["--downstream", "torchair", "--mode", mode, "--layers", "1", "--dynamic", "--json"]
+    command = [sys.executable, str(root / "benchmarks" / "cache_start.py"), *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(root / "tests" / "ascend")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=True)
+    starts = json.loads(done.stdout[done.stdout.index("{") :])
+    converted = {"ge": ["miss", "hit"], "npugraph_ex": ["", ""]}[mode]
+    assert [starts[name]["artifacts"] for name in ("cold", "warm")] == converted
+    assert starts["warm"]["cache"] == "hit" and starts["warm"]["matched"] == starts["cold"]["matched"] == 6
+    assert starts["warm"]["conversion"] == 0 < starts["cold"]["moe_fx"]
+
+
 # --- In one process --------------------------------------------------------------------------------------------------
 
 
@@ -125,12 +144,12 @@ def layer(x: torch.Tensor, w: torch.Tensor) -> Any:
     return weights / weights.sum(-1, keepdim=True), ids
 
 
-def start(fn: Any = layer, dynamic: bool = False, **options: Any) -> tuple[list[str], list[str], Any]:
+def start(fn: Any = layer, dynamic: bool = False, tokens: int = 4, **options: Any) -> tuple[list[str], list[str], Any]:
     """The first call after a start: what came of the graph and of its artifact, and the outputs."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     compiled = compile_with_report(fn, dynamic=dynamic, fullgraph=True, downstream="torchair", **options)
-    x, w = torch.randn(4, 8), torch.randn(8, 16)
+    x, w = torch.randn(tokens, 8), torch.randn(8, 16)
     outputs = compiled(x.npu(), w.npu())
     for got, want in zip(outputs, fn(x, w), strict=True):
         torch.testing.assert_close(got.cpu() if isinstance(got, torch.Tensor) else got, want, check_dtype=False)
@@ -182,6 +201,32 @@ def test_sizes_among_the_outputs() -> None:
     assert outcomes == [["miss"], ["hit"]]
 
 
+class Asks(Pass):
+    """A pass that asks about a size, which leaves a guard."""
+
+    name = "asks"
+
+    def run(self, ctx: Any) -> None:
+        """Ask."""
+        sizes = [n.meta["val"] for n in ctx.graph.find_nodes(op="placeholder")]
+        assert bool(next(size for size in sizes if isinstance(size, torch.SymInt)) < 1000)
+
+
+@pytest.mark.parametrize("passes", [[], [Asks()]], ids=["", "guarded before"])
+def test_a_conversion_that_looks_at_sizes_is_kept_for_them(passes: list[Pass], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torchair's does in attention, for as many tokens as heads."""
+    run = npu_fx_compiler._NpuGraphConverter.run
+
+    def asking(self: Any, *args: Any) -> Any:
+        assert bool(next(size for size in args if isinstance(size, torch.SymInt)) > 4) in (True, False)
+        return run(self, *args)
+
+    monkeypatch.setattr(npu_fx_compiler._NpuGraphConverter, "run", asking)
+    outcomes = [start(dynamic=True, tokens=n, extra_passes=passes)[1] for n in (4, 5, 6, 4)]
+    assert outcomes[1][0].startswith("miss: the entry holds for sizes with") and "L['t0'] <= 4" in outcomes[1][0]
+    assert [outcomes[0], *outcomes[2:]] == [["miss"], ["hit"], ["hit"]]
+
+
 def test_code_that_does_not_stand_alone_is_not_kept() -> None:
     with pytest.raises(Uncacheable, match="stand alone: Max"):
         torchair_artifacts._check_names("def kernel(*args):\n    return Max(1, args[0])\n")
@@ -202,6 +247,41 @@ def test_marks_on_inputs_are_part_of_the_key() -> None:
     marked._torchair_is_parameter = True
     gm = torch.fx.symbolic_trace(lambda x: x)
     assert torchair_artifacts._more_components(gm, [plain]) != torchair_artifacts._more_components(gm, [marked])
+
+
+# Each alone: [what changes, to what, whether the lowered graph is another too].
+CHANGES = {
+    "level of determinism": ("torch_npu.npu._get_deterministic_level", lambda: 2, False),
+    "CANN": ("torch_npu.npu.utils.get_cann_version", lambda *args: "9.9.0", True),
+    "SoC": ("torch_npu.npu.get_device_name", lambda *args: "Ascend910_9391", True),
+    "torch_npu": ("moe_fx.cache.environment._release", lambda name: "99.0", True),
+    "decompositions": ("torchair._utils.get_npu_default_decompositions", lambda: {"aten.mul": torch.mul}, True),
+    "ranks": ("moe_fx.cache.environment.world", lambda: ["hccl", 2, 1], True),
+    "sources": ("moe_fx.cache.sources.file_digests", lambda: {"moe_fx.lowering/ascend/ge_converters.py": "1"}, True),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_each_change_alone_converts_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, value, lowers_anew = CHANGES[name]
+    start()
+    assert start()[:2] == (["hit"], ["hit"])
+    monkeypatch.setattr(place, value)
+    assert start()[:2] == (["miss" if lowers_anew else "hit"], ["miss"])
+    assert start()[:2] == (["hit"], ["hit"])
+
+
+@pytest.mark.parametrize("of", ["matmul", "conv"])
+def test_a_switch_of_hf32_converts_anew(of: str) -> None:
+    switch = getattr(torch.npu, of)
+    before = switch.allow_hf32
+    start()
+    switch.allow_hf32 = not before
+    try:
+        assert start()[:2] == (["hit"], ["miss"])
+    finally:
+        switch.allow_hf32 = before
+    assert start()[:2] == (["hit"], ["hit"])
 
 
 def test_gears_are_kept(store: Store) -> None:

@@ -15,6 +15,7 @@ from compiling import compile_with_report
 from host_cann import ge_interpreter
 from model_cases import build, inputs
 
+import moe_fx
 from moe_fx import torchair_handoff
 from moe_fx.errors import OptionError, UnsupportedError
 from moe_fx.lowering.ascend import ge_converters
@@ -41,6 +42,48 @@ def test_options_reach_the_config_by_name():
     assert config.mode.value == "max-autotune" and config.debug.graph_dump.type.value == "py"
     assert config.experimental_config.frozen_parameter
     assert torchair_handoff.configure(torchair.CompilerConfig(), "npugraph_ex", {}).mode.value == "npugraph_ex"
+
+
+def test_a_config_is_told_in_options(tmp_path):
+    given = torchair.CompilerConfig()
+    given.mode = "npugraph_ex"
+    given.experimental_config.frozen_parameter = True
+    given.debug.graph_dump.type, given.debug.graph_dump.path = "py", str(tmp_path)
+    given.post_grad_custom_pre_pass = print
+    options = torchair_handoff.options_of(given)
+    assert options["mode"] == "npugraph_ex" and options["experimental_config.frozen_parameter"] is True
+    assert options["post_grad_custom_pre_pass"] is print
+    _, again = torchair_handoff.configured(None, options)
+    assert again.debug.graph_dump.path == str(tmp_path)
+    assert torchair_handoff.options_of(again) == options
+    assert torchair_handoff.options_of(torchair.CompilerConfig()) == {"mode": "ge"}
+
+
+def test_cache_compile_goes_by_a_config():
+    class Router(torch.nn.Module):
+        def decode(self, x, w):
+            return router(x, w)
+
+    def note(gm, inputs, config):
+        seen.append(config.mode.value)
+
+    seen = []
+    config = torchair.CompilerConfig()
+    config.mode, config.post_grad_custom_post_pass = "npugraph_ex", note
+    with torch.no_grad():
+        moe_fx.cache_compile(Router().decode, config=config)(*operands())
+        options = {"downstream_options": {"mode": "ge"}}
+        moe_fx.cache_compile(Router().decode, config=config, options=options)(*operands())
+    assert seen == ["npugraph_ex", "max-autotune"]
+
+
+def test_asking_for_torchair_does_not_import_it(monkeypatch):
+    class NotYet:
+        def __getattr__(self, name):
+            pytest.fail(f"asked for {name}, which imports torchair")
+
+    monkeypatch.setitem(sys.modules, "torchair", NotYet())
+    assert torchair_handoff.is_installed()
 
 
 @pytest.mark.parametrize(
@@ -127,17 +170,27 @@ def test_torchair_is_the_default_on_npu():
     assert ge_interpreter.COUNTS["MoeGatingTopKSoftmax"] == 1
 
 
-def test_the_users_passes_run():
+@pytest.mark.parametrize("cache", [True, False])
+@pytest.mark.parametrize("mode", torchair_handoff.MODES)
+def test_the_users_passes_run(mode, cache):
     seen = []
 
-    def before(gm, example_inputs, config):
-        seen.append(("before", any("npu_moe_gating" in str(node.target) for node in gm.graph.nodes)))
+    def note(when):
+        return lambda gm, inputs, config: seen.append(
+            (when, any("npu_moe_gating" in str(node.target) for node in gm.graph.nodes))
+        )
 
-    def after(gm, example_inputs, config):
-        seen.append(("after", any("npu_moe_gating" in str(node.target) for node in gm.graph.nodes)))
-
-    compiled(post_grad_custom_pre_pass=before, post_grad_custom_post_pass=after)(*operands())
-    assert seen == [("before", True), ("after", True)]
+    passes = {"post_grad_custom_pre_pass": note("before"), "post_grad_custom_post_pass": note("after")}
+    for _ in range(2):
+        torch._dynamo.reset()
+        run = compile_with_report(
+            router, fullgraph=True, downstream="torchair", cache=cache, downstream_options={"mode": mode, **passes}
+        )
+        run(*operands())
+        assert seen == [("before", True), ("after", True)]
+        seen.clear()
+    why = "post_grad_custom_pre_pass is a function, whose changes the key would not show"
+    assert run.reports[0].cache == f"off: {why if cache else 'cache=False'}"
 
 
 def test_nothing_is_put_into_torchairs_patterns():

@@ -9,7 +9,9 @@ import json
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,20 +117,22 @@ xs = [torch.randn(n, H).bfloat16() for n in ((6, 9, 6) if dynamic else (6, 6, 6)
 with torch.no_grad():
     want = [whole(x) for x in xs]
 run = compile_with_report(
-    layer.shard().npu(), dynamic=dynamic, fullgraph=True, downstream="torchair", strict=True, cache=False,
+    layer.shard().npu(), dynamic=dynamic, fullgraph=True, downstream="torchair", strict=True,
     downstream_options={"mode": mode},
 )
 errors = [relative_error(a.cpu(), b) for x, pair in zip(xs, want) for a, b in zip(run(x.npu()), pair)]
-graph = run.reports[0].graph.graph
+report = run.reports[0]
+nodes = [] if report.graph is None else report.graph.graph.nodes  # None from the cache.
 print(json.dumps(dict(
     errors=errors,
     graphs=len(run.reports),
     counts=run.counts,
-    kernels=sorted(site.kernel for site in run.reports[0].matched),
-    reductions=[(str(n.target), len(n.users)) for n in graph.nodes if "allreduce" in str(n.target).replace("_", "")],
-    fakes=all(n.meta.get("val") is not None for n in graph.nodes if n.op == "call_function"),
+    kernels=sorted(site.kernel for site in report.matched),
+    reductions=[(str(n.target), len(n.users)) for n in nodes if "allreduce" in str(n.target).replace("_", "")],
+    fakes=all(n.meta.get("val") is not None for n in nodes if n.op == "call_function"),
     ge={kind: ge_interpreter.COUNTS[kind] for kind in ("MatmulAllReduce", "AddRmsNorm", "MoeFinalizeRoutingV2")},
     replayed=2 in eager_kernels.EVENTS,
+    cache=[report.cache.partition(":")[0], *report.artifacts],
 )))
 dist.destroy_process_group()
 """
@@ -142,21 +146,26 @@ def program(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("sizes", ["static", "dynamic"])
-@pytest.mark.parametrize("mode", ["ge", "npugraph_ex"])
-def test_fused_reductions_survive(mode: str, sizes: str, program: Path, tmp_path: Path) -> None:
+def run(program: Path, mode: str, sizes: str) -> list[dict[str, Any]]:
+    """What both ranks say."""
+    store = program.with_name(f"store_{uuid.uuid4().hex}")
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(program), str(rank), mode, sizes, str(tmp_path / "store")],
+            [sys.executable, str(program), str(rank), mode, sizes, str(store)],
             env={**os.environ, "PYTHONWARNINGS": "ignore"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(RANKS)
     ]  # fmt: skip
     done = [rank.communicate(timeout=240) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * RANKS, "\n".join(errors for _, errors in done)
+    return [json.loads(output.splitlines()[-1]) for output, _ in done]
+
+
+@pytest.mark.parametrize("sizes", ["static", "dynamic"])
+@pytest.mark.parametrize("mode", ["ge", "npugraph_ex"])
+def test_fused_reductions_survive(mode: str, sizes: str, program: Path) -> None:
     base, fused = "npu.npu_mm_all_reduce_base.default", "engine.matmul_allreduce_add_rmsnorm.default"
-    for output, _ in done:
-        found = json.loads(output.splitlines()[-1])
+    for found in run(program, mode, sizes):
         assert max(found["errors"]) < 2e-2
         assert found["graphs"] == 1 and found["fakes"]
         if mode == "ge":
@@ -169,3 +178,10 @@ def test_fused_reductions_survive(mode: str, sizes: str, program: Path, tmp_path
             assert found["counts"] == dict(router=1, experts=1, norm=1)
             assert found["replayed"]
         assert all(kernel.startswith("torch_npu ") for kernel in found["kernels"])
+
+
+def test_each_rank_starts_from_its_own_entries(program: Path) -> None:
+    cold, warm = run(program, "ge", "dynamic"), run(program, "ge", "dynamic")
+    assert [found["cache"] for found in cold + warm] == [["miss", "miss"]] * RANKS + [["hit", "hit"]] * RANKS
+    for before, after in zip(cold, warm, strict=True):
+        assert all(after[name] == before[name] for name in ("errors", "kernels", "ge"))

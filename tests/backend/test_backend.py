@@ -17,6 +17,7 @@ from moe_blocks import Block, H
 from torch import nn
 
 import moe_fx
+from moe_fx import backend
 from moe_fx.errors import CheckError, MoeFxWarning
 from moe_fx.passes import Miss, Pass
 
@@ -114,6 +115,24 @@ def test_float_attribute_is_guarded():
             assert torch.equal(compiled(x), model(x))
     (first, second) = compiled.ops("rms_norm")
     assert (first.args[2], second.args[2]) == (1e-6, 10.0)
+
+
+@pytest.mark.parametrize("downstream", ["eager", "aot_eager", "inductor"])
+def test_a_float_that_dynamo_makes_symbolic_costs_no_second_compilation(downstream, monkeypatch):
+    class Scaled(Block):
+        scale = 2.0
+
+        def forward(self, x):
+            return super().forward(x) * self.scale
+
+    exports, original = [], backend.export
+    monkeypatch.setattr(backend, "export", lambda *args: exports.append(1) or original(*args))
+    model, x = Scaled(blocks.batched), torch.randn(6, H)
+    compiled = compile_with_report(model, dynamic=True, downstream=downstream, cache=False)
+    for model.scale in (2.0, 3.0):
+        with torch.no_grad():
+            assert relative_error(compiled(x), model(x)) < 1e-5
+    assert len(exports) == len(compiled.reports) == 2
 
 
 def test_two_models_in_one_process_do_not_meet():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.metadata
 import shutil
 import sys
@@ -25,6 +27,8 @@ from moe_fx.cache.errors import Uncacheable
 from moe_fx.cache.graph_identity import tensor_bytes
 from moe_fx.options import Options
 from moe_fx.passes import PIPELINE, Pass
+
+GIVEN = 3
 
 
 class Model(nn.Module):
@@ -265,6 +269,62 @@ def test_an_own_pass_is_known_by_source_and_state(warm: Path, monkeypatch: pytes
     assert outcome(extra_passes=[Watch(1)]) == "miss: extra passes changed"
 
 
+class Slotted(Pass):
+    """A user's pass with its setting outside ``__dict__``."""
+
+    name = "watch"
+    __slots__ = ("limit",)
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+
+    def run(self, ctx: Any) -> None:
+        """Do nothing."""
+
+
+def _enclosing(limit: int) -> Pass:
+    class Enclosing(Watch):
+        def run(self, ctx: Any) -> None:
+            assert limit
+
+    return Enclosing()
+
+
+def _with_class_attribute(limit: int) -> Pass:
+    Watch.default = limit  # type: ignore[attr-defined]
+    return Watch()
+
+
+def _with_a_patched_method(limit: int) -> Pass:
+    one, two = (lambda self, ctx: 1), (lambda self, ctx: 2)
+    Watch.run = (one, two)[limit - 1]  # type: ignore[method-assign]
+    return Watch()
+
+
+@pytest.mark.parametrize(
+    "make", [Slotted, _enclosing, _with_class_attribute, _with_a_patched_method], ids=lambda make: make.__name__
+)
+def test_what_an_own_pass_holds_besides_its_source_takes_part(
+    warm: Path, make: Callable[[int], Pass], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Watch, "run", Watch.run)
+    monkeypatch.setattr(Watch, "default", 0, raising=False)
+    assert outcome(extra_passes=[make(1)]) == "miss: extra passes changed"
+    assert outcome(extra_passes=[make(1)]) == "hit"
+    assert outcome(extra_passes=[make(2)]) == "miss: extra passes changed"
+
+
+def test_an_own_pass_that_was_edited_under_the_process_is_not_cached(
+    warm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "moe_fx_edited_pass.py"
+    path.write_text("from moe_fx import Pass\nclass Mine(Pass):\n    name = 'mine'\n    def run(self, ctx): pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    mine = importlib.import_module(path.stem).Mine()
+    said = "off: moe_fx_edited_pass, the module of the pass 'mine', changed while this process runs"
+    assert outcome(extra_passes=[mine]) == said
+
+
 def test_a_pass_with_state_that_cannot_be_compared_is_not_cached(warm: Path) -> None:
     stateful = Watch(limit=lambda: 3)  # type: ignore[arg-type]
     assert (
@@ -400,6 +460,66 @@ def test_a_decomposition_counts_by_op_function_and_source() -> None:
     tables = [{}, {"a": one}, {"b": one}, {"a": two}, {"a": one, "b": one}]
     assert len({environment.decompositions(table) for table in tables}) == 5
     assert environment.decompositions({"a": one, "b": two}) == environment.decompositions({"b": two, "a": one})
+
+
+def test_a_decomposition_counts_by_what_it_holds() -> None:
+    def times(factor: int) -> Callable[[Any], Any]:
+        return lambda x: x * factor
+
+    def given(x: Any, factor: int = GIVEN) -> Any:
+        return x * factor
+
+    def beside(x: Any) -> Any:
+        return x * GIVEN
+
+    def typed(text: str) -> Callable[..., Any]:
+        namespace: dict[str, Any] = {}
+        exec(f"def function(x):\n    return {text}", namespace)
+        function: Callable[..., Any] = namespace["function"]
+        return function
+
+    def digest(function: Any) -> str:
+        return environment.decompositions({"a": function})
+
+    pairs = [
+        (typed("x + 1"), typed("x + 2")),
+        (typed("[y + 1 for y in x]"), typed("[y + 2 for y in x]")),
+        (typed("x in {'a', 'b'}"), typed("x in {'a', 'c'}")),
+        (typed("x.sin()"), typed("x.cos()")),
+        (times(1), times(2)),
+        (functools.partial(given, factor=1), functools.partial(given, factor=2)),
+        (functools.partial(torch.add, 1), functools.partial(torch.add, 2)),
+        (functools.partial(torch.add, 1), functools.partial(torch.mul, 1)),
+    ]
+    assert all(digest(one) != digest(other) for one, other in pairs)
+    assert all(digest(typed(text)) == digest(typed(text)) for text in ("x + 1", "x in {'a', 'b'}", "[y for y in x]"))
+    assert digest(times(1)) == digest(times(1))
+    before = digest(given), digest(beside)
+    given.__defaults__ = (4,)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "GIVEN", 4)
+        assert digest(given) != before[0] and digest(beside) != before[1]
+
+
+def test_a_decomposition_that_cannot_be_compared_is_refused() -> None:
+    class Called:
+        def __call__(self, x: Any) -> Any:
+            return x
+
+    held = Called()
+    for function, message in (
+        (held, "the decomposition of a is a Called"),
+        (functools.partial(held), "the decomposition of a is a Called"),
+        (functools.partial(torch.add, held), "the decomposition of a is a Called"),
+        (lambda x: held(x), "held is a Called"),
+        (functools.wraps(torch.nn.functional.silu)(lambda x: held(x)), "held is a Called"),
+    ):
+        with pytest.raises(Uncacheable, match=message):
+            environment.decompositions({"a": function})
+
+
+def test_the_tables_of_torch_can_be_told() -> None:
+    assert environment.decompositions(downstream.decompositions("inductor"))
 
 
 def test_every_source_of_the_package_takes_part() -> None:

@@ -14,6 +14,13 @@ import moe_fx
 from moe_fx.cache.store import Store
 from moe_fx.errors import OptionError
 
+FACTOR = 2
+
+
+def scaled(y: torch.Tensor) -> torch.Tensor:
+    """What a method calls."""
+    return y * FACTOR
+
 
 class Model(Block):
     """A model with a method of its own to compile."""
@@ -45,6 +52,20 @@ def test_the_second_time_hits_and_an_edited_body_misses(tmp_path: Path, monkeypa
     assert outcomes(model.decode, tmp_path) == ["miss"]
 
 
+def test_an_edited_helper_of_the_method_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model(blocks.batched)
+    monkeypatch.setattr(Model, "decode", lambda self, x: scaled(self.forward(x)))
+    assert outcomes(model.decode, tmp_path) == ["miss"]
+    assert outcomes(model.decode, tmp_path) == ["hit"]
+    monkeypatch.setitem(globals(), "scaled", lambda y: y * 3)
+    assert outcomes(model.decode, tmp_path) == ["miss"]
+    monkeypatch.setitem(globals(), "FACTOR", 5)
+    monkeypatch.setitem(globals(), "scaled", lambda y: y * FACTOR)
+    assert outcomes(model.decode, tmp_path) == ["miss"]
+    monkeypatch.setitem(globals(), "FACTOR", 6)
+    assert outcomes(model.decode, tmp_path) == ["miss"]
+
+
 def test_one_dynamic_graph_serves_all_sizes(tmp_path: Path) -> None:
     model, reports = Model(blocks.batched), []
     options = {"downstream": "eager", "report": reports.append}
@@ -70,6 +91,21 @@ def test_only_methods_of_modules_are_taken(func: Any) -> None:
         moe_fx.cache_compile(func)
 
 
-def test_torchairs_config_is_pointed_elsewhere() -> None:
-    with pytest.raises(OptionError, match="downstream_options"):
-        moe_fx.cache_compile(Model(blocks.batched).decode, config=object())  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(config=object()), "config is <object .*>; give a torchair.CompilerConfig"),
+        (dict(backend=torch.relu), "takes no backend: torchair's settings go into config"),
+        (dict(custom_decompositions={"a": torch.relu}), "takes no custom_decompositions"),
+        (dict(ge_cache=True), "takes no ge_cache: .* what GE compiles is not kept"),
+    ],
+    ids=lambda given: next(iter(given)) if isinstance(given, dict) else "",
+)
+def test_what_has_no_place_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        moe_fx.cache_compile(Model(blocks.batched).decode, **given)
+
+
+def test_what_torchair_has_by_default_is_taken(tmp_path: Path) -> None:
+    defaults = dict(config=None, backend=None, custom_decompositions=None, ge_cache=False)
+    assert outcomes(Model(blocks.batched).decode, tmp_path, **defaults) == ["miss"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from compiling import Compiled, compile_with_report
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
@@ -58,30 +59,55 @@ def kept(tmp_path: Path) -> Artifacts:
     return Artifacts(Store(tmp_path / "kept"), {"versions": "1"})
 
 
-def graph_of(size: Any) -> fx.GraphModule:
-    """A graph of one input with ``size`` rows."""
+def graph_of(*inputs: Any) -> fx.GraphModule:
+    """A graph of these inputs."""
     graph = fx.Graph()
-    x = graph.placeholder("x")
-    x.meta["val"] = size
-    graph.output(x)
+    for index, value in enumerate(inputs):
+        graph.placeholder(f"x{index}").meta["val"] = value
+    graph.output(())
     return fx.GraphModule(torch.nn.Module(), graph)
+
+
+def rows(count: int) -> torch.Tensor:
+    """A tensor with a symbolic number of rows, as another process would have it."""
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    return mode.from_tensor(torch.ones(count), symbolic_context=context, source=ConstantSource("x"))
 
 
 def compile_bytes(kept: Artifacts, gm: fx.GraphModule, compile: Any = lambda: b"made") -> bytes:
     return kept.get_or_compile("test", gm, compile=compile, dump=bytes, load=bytes)
 
 
-def test_a_form_for_some_sizes_only_is_not_kept(kept: Artifacts) -> None:
-    env = ShapeEnv()
-    mode = FakeTensorMode(shape_env=env)
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    x = mode.from_tensor(torch.ones(9), symbolic_context=context, source=torch._dynamo.source.ConstantSource("x"))
-    gm = graph_of(x)
-    assert compile_bytes(kept, gm, lambda: b"large" if x.shape[0] > 7 else b"small") == b"large"
-    assert kept.outcomes == ["off: the compiled form holds for some sizes only"]
-    compile_bytes(kept, gm)
-    compile_bytes(kept, gm)
-    assert kept.outcomes[1:] == ["miss", "hit"]
+def test_a_form_for_some_sizes_serves_them_only(kept: Artifacts) -> None:
+    def form(count: int) -> bytes:
+        x = rows(count)
+        made = compile_bytes(kept, graph_of(x.shape[0], x), lambda: b"large" if x.shape[0] > 7 else b"small")
+        (guard,) = x.shape[0].node.shape_env.guards  # A hit puts it back.
+        assert str(guard.expr.subs(x.shape[0].node.expr, count)) == "True"
+        return made
+
+    assert [form(count) for count in (9, 8, 5, 6, 90)] == [b"large", b"large", b"small", b"small", b"large"]
+    assert kept.outcomes == ["miss", "hit", "miss: the entry holds for sizes with 8 <= L['t0']", "hit", "hit"]
+
+
+def test_what_is_known_of_sizes_takes_part(kept: Artifacts) -> None:
+    """What is known already is not asked for, and leaves no guard to keep."""
+
+    def form(count: int) -> bytes:
+        x = rows(count)
+        known = bool(x.shape[0] > 7)
+        return compile_bytes(kept, graph_of(x.shape[0], x), lambda: b"large" if known else b"small")
+
+    assert [form(count) for count in (9, 5, 10, 4)] == [b"large", b"small", b"large", b"small"]
+    assert kept.outcomes == ["miss", "miss", "hit", "hit"]
+
+
+def test_a_form_for_sizes_that_are_no_inputs_is_not_kept(kept: Artifacts) -> None:
+    x = rows(9)
+    assert compile_bytes(kept, graph_of(x), lambda: b"large" if x.shape[0] > 7 else b"small") == b"large"
+    (outcome,) = kept.outcomes
+    assert outcome.startswith("off: the graph holds under") and outcome.endswith("sizes that are no inputs of it")
 
 
 def test_a_store_that_fails_costs_no_compile(kept: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:

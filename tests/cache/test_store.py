@@ -234,6 +234,12 @@ def test_the_entry_just_written_stays_even_if_it_exceeds_the_limit(tmp_path: Pat
     assert store.files() == [second]
 
 
+def test_what_cannot_be_removed_is_not_counted(store: Store) -> None:
+    store.write("graph", COMPONENTS, BODY)
+    (store.folder / "x.entry").mkdir()
+    assert store.clear() == 1 and [path.name for path in store.files()] == ["x.entry"]
+
+
 def test_what_a_dead_writer_left_is_swept_and_a_live_one_is_let_be(store: Store) -> None:
     dead, live = store.folder / "a.tmp", store.folder / "b.tmp"
     for path in (dead, live):
