@@ -46,7 +46,7 @@ test-ascend: $(ASCEND)/installed
 # In the user's own environment, whose torch_npu fits the machine's CANN; it needs moe-fx's extra `models`, and pytest,
 # pytest-timeout and expecttest: pip install '.[models]' pytest pytest-timeout expecttest
 NPU_PYTHON ?= $(PYTHON)
-NPU_TESTS := $(addprefix tests/ascend/test_,models.py lowered_ops.py ascendc_ops.py ascendc_graphs.py combine_in_product.py)
+NPU_TESTS := $(patsubst %,tests/ascend/test_%.py,models attention lowered_ops combine_in_product weights artifacts ascendc_ops ascendc_graphs)
 
 test-npu:
 	PYTHONPATH=tests/ascend $(NPU_PYTHON) -m pytest -p npu_report -m npu $(NPU_TESTS) $(ARGS)

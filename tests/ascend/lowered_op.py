@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from moe_fx.check import compare_outputs
 from moe_fx.lowering.ascend.settings import Settings
@@ -17,9 +18,23 @@ from moe_fx.lowering.ops import CANONICAL_OPS
 from moe_fx.lowering.prepared_inputs import hoist
 
 
-def graph_of(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx.GraphModule, list[torch.Tensor]]:
-    """A graph of one call on npu tensors, with FakeTensor values, and its inputs."""
+def graph_of(
+    op: str, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: int = 0
+) -> tuple[fx.GraphModule, list[torch.Tensor]]:
+    """A graph of one call on npu tensors, with FakeTensor values, and its inputs.
+
+    Args:
+        dynamic: so many inputs, the first ones, have a symbolic first dimension; equal sizes are one symbol.
+    """
     mode = FakeTensorMode(shape_env=ShapeEnv())
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > dynamic:
+            return mode.from_tensor(tensor, static_shapes=True)
+        sizes = [DimDynamic.DUCK] + [DimDynamic.STATIC] * (tensor.dim() - 1)
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return mode.from_tensor(tensor, symbolic_context=context, source=ConstantSource(f"input_{len(inputs)}"))
+
     graph, inputs = fx.Graph(), []
 
     def operand(value: Any) -> Any:
@@ -27,7 +42,7 @@ def graph_of(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[fx
             return value
         inputs.append(value.to("npu"))
         node = graph.placeholder(f"input_{len(inputs)}")
-        node.meta["val"] = mode.from_tensor(inputs[-1], static_shapes=True)
+        node.meta["val"] = fake(inputs[-1])
         return node
 
     node = graph.call_function(

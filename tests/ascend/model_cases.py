@@ -1,16 +1,12 @@
-"""Tiny models of real families on ``npu:0`` of the stand-in, and which experts each run selected."""
+"""Tiny models of real families for ``npu:0``, and which experts a run of them chose."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from host_cann import ge_ops
 from moe_families import FAMILIES, token_ids
-from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMES = ("qwen3_moe", "deepseek_v3", "glm4_moe", "minimax_m2", "afmoe", "gpt_oss")
 # npu_moe_gating_top_k wants groups of more than two experts.
@@ -19,9 +15,11 @@ EXPERTS = 16
 HIDDEN_INT8, EXPERTS_INT8 = 256, 6
 
 
-def build(name: str, dtype: torch.dtype = torch.float32, **overrides: Any) -> torch.nn.Module:
-    """A seeded model; attention is plain matmuls, since torch_npu's fused one has no GE converter."""
-    family = dataclasses.replace(FAMILIES[name], attention="eager")
+def build(
+    name: str, dtype: torch.dtype = torch.float32, *, attention: str = "eager", **overrides: Any
+) -> torch.nn.Module:
+    """A seeded model; its attention is matmuls and a softmax unless told."""
+    family = dataclasses.replace(FAMILIES[name], attention=attention)
     sizes = dict(num_experts=EXPERTS, num_local_experts=EXPERTS, n_routed_experts=EXPERTS)
     return family.build(dtype=dtype, **{**sizes, **overrides})
 
@@ -55,40 +53,33 @@ class Int8Layer(torch.nn.Module):
         return x + y
 
 
-class RecordTopK(TorchDispatchMode):
-    """Records the ids of every top-k over all experts: what the eager model selects."""
+class Routed(torch.nn.Module):
+    """A model that also returns which experts each token went to: the ids [T, k] that each layer's experts were given.
 
-    def __init__(self) -> None:
+    Compiled, the ids come out of the graph that computes with them, in whichever mode and on whichever machine.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.ids: list[torch.Tensor] = []
+        self.model = model
+        self._ids: list[torch.Tensor] = []
+        for name, module in model.named_modules():
+            if name.endswith(".experts"):
+                module.register_forward_pre_hook(self._note)
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        # Group stages rank experts of a group, in three dimensions.
-        if func is torch.ops.aten.topk.default and args[0].dim() == 2 and args[0].shape[-1] == EXPERTS:
-            self.ids.append(result[1])
-        return result
+    def _note(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        _, ids, _ = args
+        self._ids.append(ids)
 
-
-@contextmanager
-def recorded_gating(monkeypatch: Any) -> Iterator[list[torch.Tensor]]:
-    """The ids that gating operators select in GE graphs and in eager kernels."""
-    found: list[torch.Tensor] = []
-
-    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
-        def record(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            found.append(result[1])
-            return result
-
-        return record
-
-    for kind in ("MoeGatingTopKSoftmax", "MoeGatingTopKSoftmaxV2", "MoeGatingTopK"):
-        monkeypatch.setitem(ge_ops.OPERATORS, kind, recording(ge_ops.OPERATORS[kind]))
-    yield found
+    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [B, S, V], and the ids of each layer with experts."""
+        self._ids = []
+        logits = self.model(tokens, use_cache=False).logits
+        return logits, self._ids
 
 
-def same_sets(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> bool:
-    """Whether both runs selected the same experts for every token of every layer."""
-    sets = [[ids.long().reshape(-1, ids.shape[-1]).sort(-1)[0] for ids in run] for run in (found, wanted)]
-    return len(found) == len(wanted) and all(torch.equal(a, b) for a, b in zip(*sets, strict=True))
+def rerouted(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> int:
+    """How many tokens, counted in each layer, went to another set of experts in one run than in the other."""
+    pairs = zip(found, wanted, strict=True)
+    sets = [[ids.cpu().long().sort(-1)[0] for ids in pair] for pair in pairs]
+    return sum(int((one != other).any(-1).sum()) for one, other in sets)

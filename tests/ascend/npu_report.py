@@ -9,12 +9,15 @@ import importlib.util
 import os
 import platform
 import sys
+from collections import Counter
 from typing import Any
 
 import pytest
 
 # Worst relative error of each test that noted one.
 ERRORS: dict[str, float] = {}
+# Of each test that compared expert sets: how many were compared, and how many differed.
+SETS: dict[str, Counter[str]] = {}
 
 
 def on_hardware() -> bool:
@@ -24,9 +27,19 @@ def on_hardware() -> bool:
 
 def note(error: float) -> float:
     """Keep a result's relative error for the report, and return it."""
-    test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
+    test = _current_test()
     ERRORS[test] = max(error, ERRORS.get(test, 0.0))
     return error
+
+
+def note_rerouted(differing: int, *, compared: int) -> int:
+    """Keep how many tokens went to other experts than on the CPU for the report, and return it."""
+    SETS.setdefault(_current_test(), Counter()).update(differing=differing, compared=compared)
+    return differing
+
+
+def _current_test() -> str:
+    return os.environ["PYTEST_CURRENT_TEST"].rpartition(" ")[0]
 
 
 def missing() -> str:
@@ -70,6 +83,11 @@ def report(outcomes: dict[str, list[Any]]) -> str:
     lines = [f"{name}: {value}" for name, value in versions().items()]
     lines += [counts, "relative errors against eager on the CPU, worst first:"]
     lines += [f"  {error:.2e}  {test}" for test, error in sorted(ERRORS.items(), key=lambda item: -item[1])]
+    differing, compared = (sum(sets[kind] for sets in SETS.values()) for kind in ("differing", "compared"))
+    lines.append(f"expert sets against eager on the CPU: {differing} of {compared} differ")
+    lines += [
+        f"  {sets['differing']} of {sets['compared']}  {test}" for test, sets in SETS.items() if sets["differing"]
+    ]
     for failure in [*outcomes.get("failed", []), *outcomes.get("error", [])]:
         crash = getattr(failure.longrepr, "reprcrash", None)
         message = str(crash.message if crash is not None else failure.longrepr).strip() or "no message"

@@ -7,9 +7,11 @@ import pytest
 pytest.importorskip("torch_npu", reason="needs torch_npu over the CANN stand-in; run: make test-ascend")
 
 import torch
-from lowered_op import difference, kernel, run
+from lowered_op import difference, graph_of, kernel, run
 
+from moe_fx.lowering.ascend.arguments import bound
 from moe_fx.lowering.ascend.settings import Settings
+from moe_fx.lowering.ascend.target import AscendTarget
 from moe_fx.lowering.ops import CANONICAL_OPS
 
 pytestmark = pytest.mark.npu
@@ -213,3 +215,29 @@ def test_qk_norm_rope_refusals():
     sample = next(s for s in samples("qk_norm_rope", torch.bfloat16) if s.name == "half-head-R16-S7")
     assert "biases" in kernel("qk_norm_rope", sample.args, dict(q_bias=torch.randn(16).bfloat16()))
     assert "another dtype" in kernel("qk_norm_rope", sample.args, dict(rope_dtype=torch.float32))
+
+
+TOKEN_INPUTS = dict(
+    route=1, experts=3, experts_int8=3, experts_int4=3, rms_norm=1, add_rms_norm=2, swiglu=2, qk_norm_rope=2
+)
+
+
+@pytest.mark.parametrize("combine", ["finalize_routing", "token_unpermute"])
+@pytest.mark.parametrize("op", TOKEN_INPUTS)
+def test_the_number_of_tokens_stays_symbolic(op, combine):
+    integers = []
+    for sample in samples(op, torch.bfloat16):
+        if sample.args[0].shape[0] < 2:  # Graphs for one are graphs of their own.
+            continue
+        gm, _ = graph_of(op, sample.args, dict(sample.kwargs), dynamic=TOKEN_INPUTS[op])
+        tokens = gm.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0]
+        known = list(tokens.node.shape_env.guards)
+        AscendTarget(Settings(combine=combine)).lower(gm, "torchair")
+        assert tokens.node.maybe_as_int() is None and tokens.node.shape_env.guards == known, sample.name
+        for node in gm.graph.nodes:
+            if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "npu":
+                kinds = {argument.name: str(argument.real_type) for argument in node.target._schema.arguments}
+                given = bound(node)
+                integers += [given[name] for name in given if kinds[name] in ("int", "Optional[int]")]
+    assert all(given is None or isinstance(given, int) for given in integers)
+    assert integers or "norm" in op

@@ -117,6 +117,20 @@ def test_gating_top_k(changes, monkeypatch):
     assert goes_wrong(monkeypatch, route, "route", args, attributes, "npu_moe_gating_top_k", **changes)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(k_group=1), dict(group_count=4), dict(group_select_mode=1), dict(norm_type=1),
+        dict(routed_scaling_factor=1.0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_gating_top_k_of_softmax(changes, monkeypatch):
+    attributes = dict(top_k=6, n_group=8, topk_group=3, group_score="max", scale=16.0)
+    case = ((torch.randn(64, 64), None), attributes)
+    assert goes_wrong(monkeypatch, route, "route", *case, "npu_moe_gating_top_k", **changes)
+
+
 def test_softmax_after_selection(monkeypatch):
     case = ((torch.randn(64, 32), None), dict(top_k=4, order="after"))
     assert goes_wrong(monkeypatch, route, "route", *case, "npu_moe_gating_top_k_softmax_v2", renorm=0)

@@ -11,6 +11,7 @@ pytest.importorskip("torch_npu", reason="needs torch_npu over the CANN stand-in;
 import torch
 from host_cann.npu_ops import unpack_int4
 from lowered_op import graph_of
+from npu_report import on_hardware
 
 from moe_fx.lowering.ascend import weights as recipes
 from moe_fx.lowering.ascend.settings import Settings
@@ -18,6 +19,9 @@ from moe_fx.lowering.ascend.target import AscendTarget
 from moe_fx.lowering.ops import CANONICAL_OPS
 from moe_fx.lowering.ops.experts_quantized import dequantize_int4
 from moe_fx.lowering.prepared_inputs import hoist, weights_changed
+
+# An NPU may multiply fp32 with 11 bits (HF32): its bound is an assumption, not a measurement.
+ATOL = 2e-3 if on_hardware() else 1e-4
 
 
 def prepared_experts(settings=None):
@@ -36,6 +40,7 @@ def test_the_graph_takes_prepared_weights_in_place_of_the_models():
     assert "transpose" not in gm.code and "moe_fx_prepare" not in gm.code
 
 
+@pytest.mark.npu
 def test_a_weight_is_prepared_once_and_again_after_a_write(monkeypatch):
     made = []
     original = recipes.gate_first
@@ -43,17 +48,18 @@ def test_a_weight_is_prepared_once_and_again_after_a_write(monkeypatch):
     _, inputs, _, call, sample = prepared_experts()
     made.clear()
     first = call(*inputs).cpu()
-    assert torch.allclose(first, CANONICAL_OPS["experts"].reference(*sample.args), atol=1e-4)
+    assert torch.allclose(first, CANONICAL_OPS["experts"].reference(*sample.args), atol=ATOL)
     call(*inputs)
     assert len(made) == 2, "w13 and w2, once each"
     addresses = [value.tensor.data_ptr() for value in call._values.values()]
     with torch.no_grad():
         inputs[4].mul_(2)
-    assert torch.allclose(call(*inputs).cpu(), 2 * first, atol=1e-4)
+    assert torch.allclose(call(*inputs).cpu(), 2 * first, atol=ATOL)
     assert len(made) == 3
     assert [value.tensor.data_ptr() for value in call._values.values()] == addresses, "captured graphs hold addresses"
 
 
+@pytest.mark.npu
 def test_a_write_through_data_needs_to_be_told():
     _, inputs, _, call, sample = prepared_experts()
     with torch.inference_mode():
@@ -62,11 +68,12 @@ def test_a_write_through_data_needs_to_be_told():
     inputs[4].data.mul_(2)
     weights_changed()
     with torch.no_grad():
-        assert torch.allclose(call(*inputs).cpu(), 2 * first, atol=1e-4)
+        assert torch.allclose(call(*inputs).cpu(), 2 * first, atol=ATOL)
     assert [value.tensor.data_ptr() for value in call._values.values()] == addresses
-    assert torch.allclose(first, CANONICAL_OPS["experts"].reference(*sample.args), atol=1e-4)
+    assert torch.allclose(first, CANONICAL_OPS["experts"].reference(*sample.args), atol=ATOL)
 
 
+@pytest.mark.npu
 def test_a_prepared_weight_goes_with_its_source():
     _, inputs, _, call, _ = prepared_experts()
     call(*inputs)
