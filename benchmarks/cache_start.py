@@ -9,8 +9,8 @@ Each start is a process of its own; caches (moe-fx's and Inductor's) are made fo
 is the real model's: 48 layers of 128 experts, 8 per token, 32 heads over 4. Only its widths are small (hidden size 64),
 since compiling does not depend on them. moe-fx's share is its backend's time without the downstream compiler's, and
 with what it spends to keep or to read torchair's converted graph; the target is under a tenth when warm. ``Inductor's
-alone`` is a start with ``cache=False`` over a filled Inductor cache. Over torchair, attention is written out: what
-torch_npu makes of ``scaled_dot_product_attention`` does not convert to GE.
+alone`` is a start with ``cache=False`` over a filled Inductor cache. Over torchair, attention is written out by the
+model (``"eager"``).
 """
 
 from __future__ import annotations
