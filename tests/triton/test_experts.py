@@ -169,10 +169,11 @@ def test_one_expert_twice_for_a_token(path: str) -> None:
     check(given)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_ids_that_are_no_expert(dtype: torch.dtype, path: str) -> None:
+def test_ids_that_are_no_expert(dtype: torch.dtype, transposed: bool, path: str) -> None:
     """They contribute nothing, not even a weight of NaN; a token may have none at all."""
-    given = operands(biases=True)
+    given = operands(transposed=transposed, biases=True)
     ids = given["ids"].to(dtype)
     ids[0, 0], ids[1, 1], ids[4] = -1, 4, -(2**31)
     if dtype == torch.int64:
@@ -216,9 +217,10 @@ def test_dtypes_of_weights_and_result(
     check(operands(3, weights_dtype=weights_dtype), weight_on=weight_on, out_dtype=out_dtype)
 
 
-def test_products_are_rounded_where_the_reference_rounds(path: str) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_products_are_rounded_where_the_reference_rounds(transposed: bool, path: str) -> None:
     """Without an activation to approximate, both give the same bits: sums of small whole numbers are exact."""
-    given = operands(3, 16, 16, layout="none", biases=True)
+    given = operands(3, 16, 16, layout="none", transposed=transposed, biases=True)
     rng = torch.Generator().manual_seed(2)
     for name in ("x", "w13", "w2", "b13", "b2"):
         given[name] = torch.randint(-40, 41, given[name].shape, generator=rng).to(torch.bfloat16)
@@ -244,8 +246,8 @@ def test_whole_rows_of_the_down_projection(top_k: int, rows: int, ahead: int) ->
     assert "experts_down_rows_pairs" in used
 
 
-@pytest.mark.parametrize(("inter", "whole"), [(768, True), (1536, True), (6144, True), (6400, False)])
-def test_rows_that_registers_do_not_hold_are_read_in_blocks(inter: int, whole: bool) -> None:
+@pytest.mark.parametrize(("inter", "whole"), [(768, True), (1536, True), (1600, False)])
+def test_long_rows_are_read_in_blocks(inter: int, whole: bool) -> None:
     given = operands(1, hidden=3, inter=inter, n_experts=9, top_k=8)
     pairs = {"experts": {"PAIRS": 10**6}, "experts_gate_up_pairs": {"BLOCK_N": 512, "BLOCK_K": 16}}
     with configs.forced(pairs), configs.recorded() as used:

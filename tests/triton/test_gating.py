@@ -183,6 +183,22 @@ def test_any_number_of_experts(n_experts: int, top_k: int, form: str) -> None:
             assert_same(given, wanted, torch.float32 if "renormalize" in kwargs else torch.bfloat16)
 
 
+@pytest.mark.parametrize("block_t", [1, 4])
+@pytest.mark.parametrize(("n_experts", "top_k"), [(64, 8), (100, 10), (128, 8), (200, 1), (512, 32)])
+def test_bf16_logits_of_many_experts(n_experts: int, top_k: int, block_t: int, form: str) -> None:
+    """Keys with ids in them, from 65 experts on in columns: ties, zeros of either sign, fewer finite logits than k."""
+    rng = random.Random(n_experts)
+    rows = [rng.choices(values, k=n_experts) for values in ([0.5, 1.0, -3.0], [0.0, -0.0, -1.0], [-math.inf], [-0.0])]
+    rows += [[math.nan if n % 7 == 3 else float(n % 5) for n in range(n_experts)], [-math.inf] * n_experts]
+    rows[-1][-1] = -2.0
+    logits = torch.tensor(rows).bfloat16()
+    wanted = logits.nan_to_num(nan=math.inf, neginf=-math.inf).sort(descending=True, stable=True).indices[:, :top_k]
+    with configs.forced({"gating": {"BLOCK_T": block_t, "WAVES": 1, "num_warps": block_t}}):
+        weights, ids = gating.route(on_device(logits), top_k=top_k, score="identity")
+    assert torch.equal(ids.cpu().long(), wanted)
+    assert_within("route", weights.cpu(), logits.gather(1, wanted).float(), torch.float32)
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus", "softplus", "tanh", "identity"])
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_scores_of_far_logits(score: str, order: str) -> None:
@@ -337,9 +353,25 @@ def test_any_launch_parameters(n_experts: int, n_group: int, block_t: int, num_w
 
 
 @gpu_only
+@pytest.mark.parametrize("num_warps", [1, 2, 4, 8])
+@pytest.mark.parametrize("block_t", [1, 2, 4, 8])
+@pytest.mark.parametrize("n_experts", [40, 100, 128, 256, 512])
+def test_any_launch_parameters_for_bf16_logits(n_experts: int, block_t: int, num_warps: int) -> None:
+    """As above, for keys with ids in them."""
+    logits = torch.randint(-40, 41, (3 * block_t + 1, n_experts)).bfloat16() / 8
+    wanted = logits.sort(descending=True, stable=True).indices[:, :6].int()
+    with configs.forced({"gating": {"BLOCK_T": block_t, "WAVES": 1, "num_warps": num_warps}}):
+        for _ in range(5):
+            weights, ids = gating.route(on_device(logits), top_k=6, score="identity")
+            assert torch.equal(ids.cpu(), wanted)
+            assert torch.equal(weights.cpu(), logits.gather(1, wanted.long()).float())
+
+
+@gpu_only
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 4096])
-def test_many_tokens(tokens: int) -> None:
-    logits = on_device(torch.randn(tokens, 256))
+def test_many_tokens(tokens: int, dtype: torch.dtype) -> None:
+    logits = on_device(untied(torch.empty(tokens, 256, dtype=dtype)))
     for kwargs in (dict(renormalize="eps"), dict(score="sigmoid", n_group=8, topk_group=4)):
         given, wanted = gating.route(logits, top_k=8, **kwargs), ROUTE.reference(logits, top_k=8, **kwargs)
         assert_same(given, wanted, torch.float32)

@@ -122,12 +122,12 @@ def _pairs(model: _Model) -> list[Case]:
         ),
         _case(f"experts_down_pairs-{model.name}-ascend", down_kernel, down_types, alone, ascend_only=_ALONE),
     ]
-    if not model.gpt_oss:
+    if model.inter <= 1536:
         rows = {name: value for name, value in given.items() if name != "W_K"}
         rows |= {"BLOCK_S": 8, "BLOCK_K": 256, "PDL": True}
-        # What 96 registers of a thread hold.
+        # What 96 registers of a thread hold; longer rows are read in blocks.
         rows["ROWS"] = 1 << (8 * 768 // model.inter).bit_length() - 1
-        rows["AHEAD"] = max(1, rows["ROWS"] * 3 // 4)
+        rows["AHEAD"] = rows["ROWS"] * 3 // 4
         kernel = "experts_pairs:down_rows_kernel"
         cases.append(_case(f"experts_down_rows-{model.name}", kernel, down_types, rows, num_warps=8, cuda_only=_TUPLES))
     return cases

@@ -31,16 +31,20 @@ def _cases(
     types = {"eps": "fp32"} | dict.fromkeys(_SIZES, "i32")
     types = {pointer: "*i64" if pointer == "positions" else "*bf16" for pointer in _POINTERS} | types
     signature = {argument: kind for argument, kind in types.items() if argument not in constants}
-    cuda_heads = heads if constants["NORM"] == "full" else (8, 8)
+    # Heads at a time for few tokens and for many.
+    at_once = {"": heads} if constants["NORM"] == "full" else {"": (8, 8), "-many_tokens": (32, 32)}
     return [
-        Case(
-            name=f"qk_norm_rope-{name}",
-            kernel="qk_norm_rope:qk_norm_rope_kernel",
-            signature=signature,
-            constants=constants | _blocks(heads, cuda_heads) | {"SPLIT": True, "ASCEND": False},
-            num_warps=8 if constants["NORM"] == "full" else 4,
-            enable_fp_fusion=False,
-            cuda_only="a program per part of a token, which takes more programs than Ascend has cores",
+        *(
+            Case(
+                name=f"qk_norm_rope-{name}{suffix}",
+                kernel="qk_norm_rope:qk_norm_rope_kernel",
+                signature=signature,
+                constants=constants | _blocks(heads, cuda_heads) | {"SPLIT": True, "ASCEND": False},
+                num_warps=8 if constants["NORM"] == "full" else 4,
+                enable_fp_fusion=False,
+                cuda_only="a program per part of a token, which takes more programs than Ascend has cores",
+            )
+            for suffix, cuda_heads in at_once.items()
         ),
         Case(
             name=f"qk_norm_rope-{name}-whole_tokens",
