@@ -83,7 +83,7 @@ def moe_ascend(
         _warn(f"{report.unfused_reason}; it runs unfused. Call the model under torch.no_grad() to fuse it.")
         return finish(gm)
 
-    if finisher != "eager":
+    if finisher != "eager" and refusal is None:
         restart_with_constant_floats(gm)
     dumper = GraphDumper(opts.dump_dir, compile_id)
     unfused = canonical = None

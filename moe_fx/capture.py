@@ -44,7 +44,8 @@ def specialize(gm: fx.GraphModule) -> fx.GraphModule:
     Raises:
         CaptureError: the graph enters an autocast region.
     """
-    _refuse_autocast(gm)
+    if _enters_autocast(gm):
+        raise CaptureError("the model enters an autocast region; put torch.autocast around the compiled call instead")
     # Looked for first: a copy takes longer than all else that a hit in the compile cache does.
     if any(_is_symbolic_float(node) or node.target is torch._C._set_grad_enabled for node in gm.graph.nodes):
         gm = copy_graph_module(gm)
@@ -58,8 +59,11 @@ def restart_with_constant_floats(gm: fx.GraphModule) -> None:
     """Have dynamo trace anew where ``dynamic=True`` made floats symbolic, this time with constants.
 
     AOTAutograd would ask for that too, behind everything that :func:`specialize` and its callers did, and all would be
-    done twice. Returns where no float is symbolic; otherwise raises what dynamo understands.
+    done twice. Returns where no float is symbolic, and where :func:`specialize` refuses the graph, which runs as it is;
+    otherwise raises what dynamo understands.
     """
+    if _enters_autocast(gm):
+        return
     values = [node.meta.get("example_value") for node in gm.graph.nodes]
     mode = torch._guards.detect_fake_mode(values)
     if mode is not None and mode.shape_env is not None and any(isinstance(value, torch.SymFloat) for value in values):
@@ -144,14 +148,10 @@ def _replace_with_constant(node: fx.Node, constant: float) -> None:
         node.graph.erase_node(node)
 
 
-def _refuse_autocast(gm: fx.GraphModule) -> None:
-    """An autocast region inside the graph changes dtypes behind the nodes' backs; its graph runs as it is."""
-    for node in gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast):
-        enabled = node.args[2] if len(node.args) > 2 else node.kwargs.get("enabled", True)
-        if enabled:
-            raise CaptureError(
-                "the model enters an autocast region; put torch.autocast around the compiled call instead"
-            )
+def _enters_autocast(gm: fx.GraphModule) -> bool:
+    """Whether an autocast region inside the graph changes dtypes behind the nodes' backs."""
+    nodes = gm.graph.find_nodes(op="call_function", target=torch.amp.autocast_mode._enter_autocast)
+    return any(node.args[2] if len(node.args) > 2 else node.kwargs.get("enabled", True) for node in nodes)
 
 
 def _refuse_wrapper_subclasses(fakes: Sequence[Any]) -> None:

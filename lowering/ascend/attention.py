@@ -5,9 +5,10 @@ computes it by ``npu_fusion_attention_v3``, which torchair has no converter for,
 What the operator refuses is written out there, as PyTorch defines it.
 
 The operator's mask is of the opposite sense (True is left out) and has no dimension for heads. With one query it runs
-as incremental attention, which takes a mask but no causal mode, and leaves the result of a query whose mask leaves out
-every key open (no model reads one). With several, causal attention counted from the first key is its sparse mode 2,
-whose mask is one fixed triangle for any size. Source: torch_npu's documentation of the operator; not run on an NPU.
+as incremental attention, which takes a mask but no causal mode, and leaves open what a query gets whose mask leaves out
+every key: that is set to zeros, as PyTorch has it, for the rows of padding in a batch. With several, causal attention
+counted from the first key is its sparse mode 2, whose mask is one fixed triangle for any size. Source: torch_npu's
+documentation of the operator; not run on an NPU.
 """
 
 from __future__ import annotations
@@ -33,14 +34,15 @@ _PRECISE, _PRECISE_EMPTY_ROWS = 0, 2
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def choose(node: fx.Node, settings: Settings) -> Choice:
+def choose(node: fx.Node, settings: Settings, downstream: str) -> Choice:
     """The operator for an ``attention`` node, or for a call of ``SDPA`` that must not be left to torch_npu.
 
     Raises:
         Refused: the operator cannot compute it, or it is a call of ``SDPA``, and torch_npu's own operator can stay.
     """
     call = _arguments(node)
-    replaced = settings.ge or any(free_symbols(value(call[name])) for name in ("query", "key", "value"))
+    dynamic = any(free_symbols(value(call[name])) for name in ("query", "key", "value"))
+    replaced = downstream == "torchair" and (settings.ge or dynamic)
     require(call["dropout_p"] == 0, "dropout is for training")
     require(replaced or node.target is not SDPA, "torch_npu's own operator computes it")
     try:
@@ -113,8 +115,11 @@ def _written_out(
     may be attended to.
     """
     if enable_gqa:
-        n = q.shape[-3] // k.shape[-3]
-        k, v = (x.unsqueeze(-3).expand(*x.shape[:-2], n, *x.shape[-2:]).flatten(-4, -3) for x in (k, v))
+        # Both, for they may be grouped differently.
+        k, v = (
+            x.unsqueeze(-3).expand(*x.shape[:-2], q.shape[-3] // x.shape[-3], *x.shape[-2:]).flatten(-4, -3)
+            for x in (k, v)
+        )
     scores = q.float() @ k.float().transpose(-1, -2) * scale
     if is_causal:
         query, key = (torch.arange(n, device=q.device) for n in scores.shape[-2:])
@@ -172,4 +177,7 @@ def attention(
         sparse_mode=sparse_mode,
         inner_precise=precision,
     )[0]
+    if single and mask is not None:
+        # In operators that torchair converts, which `any` along a dimension is not.
+        result = result.masked_fill(mask.float().max(-1, keepdim=True)[0] == 0, 0.0)
     return result.transpose(1, 2) if token_major else result

@@ -73,18 +73,15 @@ class AscendTarget(ReferenceTarget):
         gm.graph.lint()
         gm.recompile()
 
-    def _settings(self, downstream: str) -> Settings:
-        return dataclasses.replace(self.settings, ge=self.settings.ge and downstream == "torchair")
-
     def _choose(self, node: fx.Node, downstream: str, ids_in_range: bool) -> Choice:
         name = canonical_name(node)
         if importlib.util.find_spec("torch_npu") is None:
             raise Refused("torch_npu is not installed")
         if name in _CHOOSERS:
             return _CHOOSERS[name](node)
-        settings = self._settings(downstream)
+        settings = dataclasses.replace(self.settings, ge=self.settings.ge and downstream == "torchair")
         if name == "attention" or node.target is attention.SDPA:
-            return attention.choose(node, settings)
+            return attention.choose(node, settings, downstream)
         if name == "route":
             return route.choose(node, settings)
         if name in _EXPERTS:

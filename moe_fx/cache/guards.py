@@ -48,8 +48,10 @@ class SizeGuards:
         asserts = sorted(str(item.expr) for items in self._env.deferred_runtime_asserts.values() for item in items)
         # In the form that :meth:`added` writes, guards that an entry put back read like those that were there before.
         ours = sorted(self._expression([g for g in self._env.guards if self._is_ours(g)]).split(" and "))
-        others = sorted({str(g.expr) for g in self._env.guards if not self._is_ours(g)})
-        return "\n".join([*ranges, *ours, *others, *asserts])
+        # What follows from sizes that became numbers says nothing more; where an entry gives them, nobody asks for it.
+        others = {str(self._env.replace(g.expr)) for g in self._env.guards if not self._is_ours(g)} - {"True"}
+        replaced = sorted(f"{symbol} is {value}" for symbol, value in self._env.replacements.items())
+        return "\n".join([*ranges, *replaced, *ours, *sorted(others), *asserts])
 
     def added(self) -> str:
         """The guards since this object was made, as an expression; "" for none.

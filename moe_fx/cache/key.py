@@ -21,7 +21,7 @@ from torch import fx
 from moe_fx.cache import environment, sources
 from moe_fx.cache.errors import Uncacheable
 from moe_fx.cache.graph_identity import device_types, graph_lines
-from moe_fx.cache.values import code, plain
+from moe_fx.cache.values import held, plain
 from moe_fx.options import ENV_PREFIX, Options
 from moe_fx.passes.core import Pass
 
@@ -98,12 +98,12 @@ def _extra_pass(item: Pass) -> Any:
     try:
         modules = [importlib.import_module(base.__module__) for base in bases]
         sources_of = [inspect.getsource(module) for module in modules]
+        for module in modules:
+            sources.require_unchanged(
+                f"{module.__name__}, the module of the pass {item.name!r},", Path(module.__file__ or "")
+            )
     except (ImportError, OSError, TypeError) as error:
         raise Uncacheable(f"the pass {item.name!r} has no source file; override its identity()") from error
-    for module in modules:
-        sources.require_unchanged(
-            f"{module.__name__}, the module of the pass {item.name!r},", Path(module.__file__ or "")
-        )
     members = [_members(base, item) for base in bases]
     state = [plain(value, _of(item, name)) for name, value in sorted(vars(item).items())]
     return [cls.__qualname__, item.identity(), sources_of, members, sorted(vars(item)), state]
@@ -118,8 +118,7 @@ def _members(base: type, item: Pass) -> list[Any]:
         if isinstance(member, types.MemberDescriptorType):  # Of __slots__: the instance has the value.
             member = getattr(item, name, None)
         function = getattr(member, "__func__", None) or getattr(member, "fget", None) or member
-        form = code if callable(function) else plain
-        found.append([name, form(function, _of(item, name))])
+        found.append([name, held(function, _of(item, name))])
     return found
 
 

@@ -16,7 +16,9 @@ import torch
 
 from moe_fx.cache.errors import Uncacheable
 
-__all__ = ["code", "plain"]
+__all__ = ["code", "held", "plain"]
+
+_Function = types.FunctionType | types.BuiltinFunctionType | functools.partial | type
 
 
 def plain(value: Any, where: str) -> Any:
@@ -41,38 +43,54 @@ def plain(value: Any, where: str) -> Any:
     raise Uncacheable(f"{where} is a {type(value).__name__}, whose changes the key would not show")
 
 
-def code(function: Any, where: str) -> Any:
+def held(value: Any, where: str, around: tuple[Any, ...] = ()) -> Any:
+    """What a function encloses or a class has: ``code`` of functions, ``plain`` of anything else; both raise."""
+    return code(value, where, around) if isinstance(value, _Function) else plain(value, where)
+
+
+def code(function: Any, where: str, around: tuple[Any, ...] = ()) -> Any:
     """A function: its bytecode, and what it holds besides: defaults, enclosed values, plain values of its module.
 
     Bytecode is what runs, whatever became of the source, and is the same for a release of Python, which is in the key.
-    Functions of torch, which is in the key too, are told by name. What a function calls is not looked into.
+    Functions and classes of torch, which is in the key too, are told by name. What a function calls is not looked into,
+    unless it encloses it, as a decorator's wrapper does.
+
+    Args:
+        around: functions that enclose this one.
 
     Raises:
-        Uncacheable: it encloses what is not plain, or is no function.
+        Uncacheable: it encloses what is neither plain nor such a function, or is none.
     """
     if isinstance(function, functools.partial):
-        return [code(function.func, where), plain(function.args, where), plain(function.keywords, where)]
+        return [code(function.func, where, around), plain(function.args, where), plain(function.keywords, where)]
     name = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
-    if _is_torchs(function):
+    if _is_torchs(function) or any(function is other for other in around):
         return name
     if not isinstance(function, types.FunctionType):
         raise Uncacheable(f"{where} is a {type(function).__name__}, whose changes the key would not show")
     try:
-        around = inspect.getclosurevars(function)
+        variables = inspect.getclosurevars(function)
     except ValueError as error:
         raise Uncacheable(f"{where} is a function that encloses what is not there") from error
-    enclosed = {name: value for name, value in around.nonlocals.items() if name != "__class__"}
+    enclosed = {
+        variable: held(value, variable, (*around, function))
+        for variable, value in variables.nonlocals.items()
+        if variable != "__class__"
+    }
     beside = {}
-    for variable, value in around.globals.items():
+    for variable, value in variables.globals.items():
         with contextlib.suppress(Uncacheable):
             beside[variable] = plain(value, variable)
-    held = [function.__defaults__, function.__kwdefaults__, enclosed]
-    return [name, _bytecode(function.__code__), plain(held, where), beside]
+    defaults = plain([function.__defaults__, function.__kwdefaults__], where)
+    return [name, _bytecode(function.__code__), defaults, enclosed, beside]
 
 
 def _is_torchs(function: Any) -> bool:
-    if isinstance(function, types.BuiltinFunctionType):  # Those of torch's table of functions have no module.
-        return (function.__module__ or "torch").split(".")[0] == "torch"
+    if isinstance(function, type):
+        return function.__module__.split(".")[0] == "torch"
+    if isinstance(function, types.BuiltinFunctionType):  # Those of torch's table of functions may have no module.
+        module = function.__module__ or ("torch" if function.__self__ is None else "")
+        return module.split(".")[0] == "torch"
     # A wrapper takes over the module of what it wraps, and has the globals of where it was written.
     modules = (getattr(function, "__module__", None), getattr(function, "__globals__", {}).get("__name__"))
     return all(str(module).split(".")[0] == "torch" for module in modules)

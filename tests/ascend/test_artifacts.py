@@ -212,6 +212,20 @@ class Asks(Pass):
         assert bool(next(size for size in sizes if isinstance(size, torch.SymInt)) < 1000)
 
 
+class Fixes(Asks):
+    """One that also makes the size a number, from which the answer follows."""
+
+    def run(self, ctx: Any) -> None:
+        """Ask for bounds, then for the number."""
+        super().run(ctx)
+        sizes = [n.meta["val"] for n in ctx.graph.find_nodes(op="placeholder")]
+        assert int(next(size for size in sizes if isinstance(size, torch.SymInt)))
+
+
+def test_a_size_that_became_a_number_is_known_however_it_did() -> None:
+    assert [start(dynamic=True, extra_passes=[Fixes()])[1] for _ in range(2)] == [["miss"], ["hit"]]
+
+
 @pytest.mark.parametrize("passes", [[], [Asks()]], ids=["", "guarded before"])
 def test_a_conversion_that_looks_at_sizes_is_kept_for_them(passes: list[Pass], monkeypatch: pytest.MonkeyPatch) -> None:
     """As torchair's does in attention, for as many tokens as heads."""

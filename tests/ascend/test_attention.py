@@ -141,12 +141,15 @@ def repeat_kv(x, n):
     return x[:, :, None].expand(batch, heads, n, length, width).reshape(batch, heads * n, length, width)
 
 
+NOT_THE_FIRST = torch.tensor([False, True]).view(2, 1, 1, 1)  # Of the batch.
 # Keywords of scaled_dot_product_attention, number of queries, and what GE's operator is given.
 IN_GRAPHS = {
     "causal": (dict(is_causal=True), 5, (4, 2, 2, 0, "BNSD")),
     "full": ({}, 5, (4, 2, 0, 0, "BNSD")),
     "masked": (dict(attn_mask=ALLOWED, scale=0.3), 5, (4, 2, 0, 2, "BNSD")),
+    "mask of all queries": (dict(attn_mask=ALLOWED[:, :, :1].clone()), 5, (4, 2, 0, 2, "BNSD")),
     "one query": (dict(attn_mask=ALLOWED[:, :, :1]), 1, (4, 2, 0, 0, "BNSD")),
+    "one query, of none of the keys": (dict(attn_mask=ALLOWED[:, :, :1] & NOT_THE_FIRST), 1, (4, 2, 0, 0, "BNSD")),
 }
 
 
@@ -202,6 +205,7 @@ def test_one_graph_for_any_number_of_tokens(name, mode, token_major):
         assert ge_attributes() == [(4, 2, 2 if causal else 0, 2 if name == "masked" else 0, layout)]
 
 
+GROUPED, ONE_HEAD = tuple(x[0] for x in operands()), operands(kv=1)[2][0]
 # Keywords of scaled_dot_product_attention and operands that npu_fused_infer_attention_score refuses.
 WRITTEN_OUT = {
     "fp32": (dict(is_causal=True), operands(torch.float32, kv=4)),
@@ -214,6 +218,7 @@ WRITTEN_OUT = {
     "additive mask": (dict(attn_mask=torch.randn(2, 1, 5, 9).bfloat16()), operands(kv=4)),
     "mask by head": (dict(attn_mask=ALLOWED.expand(2, 4, 5, 9).clone()), operands(kv=4)),
     "rank 3": (dict(attn_mask=ALLOWED[:, 0]), tuple(x[:, 0] for x in operands())),
+    "rank 3, values in groups of their own": (dict(enable_gqa=True), (*GROUPED[:2], ONE_HEAD)),
 }
 
 
@@ -258,6 +263,19 @@ def test_models(name, mode, dynamic, matched):
     kernels = [site.kernel for site in report.matched if site.kind == "attention"]
     assert len(kernels) == (2 if matched else 0) and all((kernel == KERNEL) == takes_it for kernel in kernels)
     check_what_ran(mode, "FusedInferAttentionScore", calls=2 * len(shapes) if takes_it else 0)
+
+
+@pytest.mark.parametrize("downstream", ["eager", "aot_eager"])
+def test_it_is_not_written_out_for_other_compilers(downstream):
+    """They run torch_npu's operator, which has no scores of all keys for all queries in memory."""
+    run = compile_with_report(
+        F.scaled_dot_product_attention, dynamic=True, downstream=downstream, cache=False, passes={"attention": True}
+    )
+    args = operands(torch.float32, kv=4)
+    got = run(*(x.npu() for x in args)).cpu()
+    assert note(relative_error(got, F.scaled_dot_product_attention(*args))) <= BOUND
+    ((site,),) = [report.matched for report in run.reports]
+    assert "written out" not in site.kernel and "float32" in site.kernel
 
 
 def sizes():

@@ -135,6 +135,19 @@ def test_a_float_that_dynamo_makes_symbolic_costs_no_second_compilation(downstre
     assert len(exports) == len(compiled.reports) == 2
 
 
+@pytest.mark.filterwarnings("ignore:moe_ascend. a graph runs unfused")
+def test_floats_stay_symbolic_in_a_graph_that_runs_as_it_is():
+    def scaled(x, scale):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return x @ x.T * scale
+
+    compiled, x = compile_with_report(scaled, dynamic=True, downstream="aot_eager"), torch.randn(6, H)
+    for scale in (2.0, 3.0):
+        torch.testing.assert_close(compiled(x, scale), scaled(x, scale))
+    (report,) = compiled.reports
+    assert "autocast region" in report.unfused_reason
+
+
 def test_two_models_in_one_process_do_not_meet():
     small, large = Block(blocks.batched), Block(blocks.biased_interleaved)
     compiled = [compile_with_report(m) for m in (small, large)]

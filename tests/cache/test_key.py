@@ -466,6 +466,15 @@ def test_a_decomposition_counts_by_what_it_holds() -> None:
     def times(factor: int) -> Callable[[Any], Any]:
         return lambda x: x * factor
 
+    def decorated(factor: int) -> Callable[[Any], Any]:
+        inner, kind = times(factor), torch.Tensor
+
+        @functools.wraps(inner)
+        def wrapper(x: Any) -> Any:
+            return inner(x) if isinstance(x, kind) else wrapper(torch.tensor(x))
+
+        return wrapper
+
     def given(x: Any, factor: int = GIVEN) -> Any:
         return x * factor
 
@@ -487,13 +496,15 @@ def test_a_decomposition_counts_by_what_it_holds() -> None:
         (typed("x in {'a', 'b'}"), typed("x in {'a', 'c'}")),
         (typed("x.sin()"), typed("x.cos()")),
         (times(1), times(2)),
+        (decorated(1), decorated(2)),
         (functools.partial(given, factor=1), functools.partial(given, factor=2)),
         (functools.partial(torch.add, 1), functools.partial(torch.add, 2)),
         (functools.partial(torch.add, 1), functools.partial(torch.mul, 1)),
     ]
     assert all(digest(one) != digest(other) for one, other in pairs)
     assert all(digest(typed(text)) == digest(typed(text)) for text in ("x + 1", "x in {'a', 'b'}", "[y for y in x]"))
-    assert digest(times(1)) == digest(times(1))
+    for make in (times, decorated):
+        assert digest(make(1)) == digest(make(1))
     before = digest(given), digest(beside)
     given.__defaults__ = (4,)
     with pytest.MonkeyPatch.context() as patch:
@@ -506,12 +517,13 @@ def test_a_decomposition_that_cannot_be_compared_is_refused() -> None:
         def __call__(self, x: Any) -> Any:
             return x
 
-    held = Called()
+    held, append = Called(), [1].append
     for function, message in (
         (held, "the decomposition of a is a Called"),
         (functools.partial(held), "the decomposition of a is a Called"),
         (functools.partial(torch.add, held), "the decomposition of a is a Called"),
         (lambda x: held(x), "held is a Called"),
+        (lambda x: append(x), "append is a builtin_function_or_method"),
         (functools.wraps(torch.nn.functional.silu)(lambda x: held(x)), "held is a Called"),
     ):
         with pytest.raises(Uncacheable, match=message):

@@ -327,7 +327,7 @@ OPERATORS: dict[str, Callable[..., Result]] = {
     "Gather": lambda op, x, indices: x[indices.long()],
     "Pack": lambda op, x: torch.stack(x, op.attr("axis", 0)),
     "ArgMaxWithValue": _max,
-    "BroadcastTo": lambda op, x, shape: x.broadcast_to(shape.tolist()),
+    "BroadcastTo": lambda op, x, shape: x.broadcast_to(shape.tolist()).contiguous(),
     "ConcatV2": _concat,
     "Cos": lambda op, x: torch.cos(x),
     "Cumsum": lambda op, x, axis: x.cumsum(int(axis)),
