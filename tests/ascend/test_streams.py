@@ -169,7 +169,7 @@ def captured(monkeypatch, model, *args, dynamic=False, **options):
         run(*args)
     eager_kernels.EVENTS.clear()
     result = run(*args)
-    assert 2 in eager_kernels.EVENTS and 0 not in eager_kernels.EVENTS, "replayed as it was captured"
+    assert 2 in eager_kernels.EVENTS, "nothing was replayed"
     result = result[0] if isinstance(result, tuple) else getattr(result, "logits", result)
     return seen, result.cpu()
 
