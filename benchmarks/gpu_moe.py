@@ -240,12 +240,12 @@ def _small_kernels(batches: list[int], bandwidth: float) -> Iterator[Row]:
             {
                 "empty launch": launch,
                 "gating floor": route_bytes / bandwidth * 1e6 + launch,
-                "gating's bytes copied": _copy_time(route_bytes),
+                "gating, its bytes copied": _copy_time(route_bytes),
                 "gating": timing.graph_microseconds(
                     partial(gating.route, logits, top_k=TOP_K, renormalize="eps", out_dtype=BF16)
                 ),
                 "qk-norm-rope floor": rope_bytes / bandwidth * 1e6 + launch,
-                "qk-norm-rope's bytes copied": _copy_time(rope_bytes),
+                "qk-norm-rope, its bytes copied": _copy_time(rope_bytes),
                 "qk-norm-rope": timing.graph_microseconds(
                     partial(qk_norm_rope.qk_norm_rope, q, k, q_weight, k_weight, cos, sin, 1e-6)
                 ),
@@ -327,9 +327,8 @@ def _table(name: str, rows: list[Row]) -> Table:
         cells = []
         for column in columns:
             value = row.microseconds[column]
-            floor = row.microseconds.get(f"{column} floor", row.microseconds.get("floor"))
-            if floor is None and column.endswith("'s bytes copied"):
-                floor = row.microseconds[column.replace("'s bytes copied", " floor")]
+            measured = column.partition(",")[0]
+            floor = row.microseconds.get(f"{measured} floor", row.microseconds.get("floor"))
             of_floor = f" ({value / floor:.2f})" if value and floor and "floor" not in column else ""
             cells.append("–" if value is None else f"{value:.1f}{of_floor}")
         table.add_row(str(row.tokens), *cells)

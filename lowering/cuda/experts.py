@@ -151,15 +151,15 @@ def experts(
             x, weights, ids, of.gate, of.up, of.gate_bias, of.up_bias, h, n_pairs, row_stride(x),
             E=n_experts, MERGED=of.gated and of.step == 2 and across, **gate_up, **launch, **dependent,
         )  # fmt: skip
-        common = {"E": n_experts, "TOP_K": top_k, "WEIGHT_ON_INPUT": on_input, **down, **dependent}
+        common = {"E": n_experts, "TOP_K": top_k, "WEIGHT_ON_INPUT": on_input, **dependent}
         slots = triton.next_power_of_2(top_k)
         if most_rows := _whole_rows(w2, slots):
             launch = tuned("experts_down_rows_pairs", {"ROWS": most_rows, "AHEAD": most_rows * 3 // 4})
             launch["ROWS"] = min(launch["ROWS"], most_rows)
             launch["AHEAD"] = min(launch["AHEAD"], launch["ROWS"])
-            del common["W_K"]
             down_rows_kernel[grid(n_tokens * triton.cdiv(hidden, launch["ROWS"]), x)](
                 h, weights, ids, w2, b2, y, n_tokens,
+                H=hidden, INTER=inter, W_E=w2.stride(0), W_N=w2.stride(1),
                 BLOCK_S=slots, BLOCK_K=_WARP_BYTES // x.itemsize, num_warps=min(slots, _MOST_WARPS), **common, **launch,
             )  # fmt: skip
             return y
@@ -168,7 +168,7 @@ def experts(
         )
         launch |= {"BLOCK_S": fit(launch["BLOCK_S"], top_k), "BLOCK_K": fit(launch["BLOCK_K"], inter)}
         down_pairs_kernel[grid(n_tokens * triton.cdiv(hidden, launch["BLOCK_N"]), x)](
-            h, weights, ids, w2, b2, y, n_tokens, ASCEND=False, **common, **launch
+            h, weights, ids, w2, b2, y, n_tokens, ASCEND=False, **common, **down, **launch
         )
         return y
 

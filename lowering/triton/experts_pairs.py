@@ -127,6 +127,24 @@ def gate_up_pairs_kernel(
             tl.store(h + pair.to(tl.int64) * INTER + channel, activated.to(model), mask=channel < INTER)
 
 
+@triton.jit
+def _share_of_sum(out, b2, channel, mask, share, MODEL: tl.constexpr):
+    """A pair's part of its token's sum, rounded where the reference rounds: (out + bias) * share.
+
+    Args:
+        out: products with w2, fp32. b2: None, or biases, at ``channel``. share: the routing weight, or None.
+    """
+    out = out.to(MODEL).to(tl.float32)
+    if b2 is not None:
+        out += tl.load(b2 + channel, mask=mask, other=0.0).to(tl.float32)
+        out = out.to(MODEL).to(tl.float32)
+    if share is not None:
+        out = out * share.to(tl.float32)
+        if share.dtype == MODEL:
+            out = out.to(MODEL).to(tl.float32)
+    return out
+
+
 @triton.jit(do_not_specialize=["n_tokens"])
 def down_pairs_kernel(
     h,
@@ -189,14 +207,10 @@ def down_pairs_kernel(
                 wait_for_inputs(PDL)
                 part = tl.load(row + start + k, mask=mask, other=0.0).to(tl.float32)
                 sums += part * part_of_w2.to(tl.float32)
-            out = tl.sum(sums, axis=2, keep_dims=True).to(model).to(tl.float32)
-            if b2 is not None:
-                out += tl.load(b2 + expert * H + n, mask=(n < H) & valid, other=0.0).to(tl.float32)
-                out = out.to(model).to(tl.float32)
+            share = None
             if not WEIGHT_ON_INPUT:
-                out = out * tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)
-                if weights.dtype.element_ty == model:
-                    out = out.to(model).to(tl.float32)
+                share = tl.load(weights + pair, mask=valid, other=0.0)
+            out = _share_of_sum(tl.sum(sums, axis=2, keep_dims=True), b2, expert * H + n, (n < H) & valid, share, model)
             total += tl.sum(tl.sum(out, axis=2), axis=1)
         if weights.dtype.element_ty == model:
             total = total.to(model).to(tl.float32)
@@ -255,8 +269,9 @@ def down_rows_kernel(
         expert = tl.load(ids + pair, mask=slot < TOP_K, other=-1)
         valid = (expert >= 0) & (expert < E)
         expert = tl.where(valid, expert, 0).to(tl.int64)
+        share = None
         if not WEIGHT_ON_INPUT:
-            share = tl.load(weights + pair, mask=valid, other=0.0).to(tl.float32)
+            share = tl.load(weights + pair, mask=valid, other=0.0)
         rows = w2 + expert * W_E + first * W_N + k
         ahead = ()
         for row in tl.static_range(AHEAD):
@@ -278,14 +293,7 @@ def down_rows_kernel(
                     part = _part_of_row(rows + row * W_N, k, step * BLOCK_K, valid & (first + row < H), INTER)
                 sums += inputs[step].to(tl.float32) * part.to(tl.float32)
             out = tl.where(nth == row, tl.sum(sums, axis=1, keep_dims=True), out)
-        out = out.to(model).to(tl.float32)
-        if b2 is not None:
-            out += tl.load(b2 + expert * H + first + nth, mask=valid & (first + nth < H), other=0.0).to(tl.float32)
-            out = out.to(model).to(tl.float32)
-        if not WEIGHT_ON_INPUT:
-            out = out * share
-            if weights.dtype.element_ty == model:
-                out = out.to(model).to(tl.float32)
+        out = _share_of_sum(out, b2, expert * H + first + nth, valid & (first + nth < H), share, model)
         total = tl.sum(out, axis=0, keep_dims=True)
         if weights.dtype.element_ty == model:
             total = total.to(model).to(tl.float32)

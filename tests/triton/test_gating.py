@@ -153,8 +153,9 @@ def test_equal_choices_go_to_the_lowest_id(seed: int, form: str) -> None:
 @pytest.mark.parametrize("fill", ["-inf", "zero"])
 @pytest.mark.parametrize("source", ["scores", "choice"])
 @pytest.mark.parametrize("biased", [False, True])
-def test_more_experts_than_the_best_groups_have(biased: bool, source: str, fill: str) -> None:
-    logits = on_device(untied(torch.empty(5, 12)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_experts_than_the_best_groups_have(dtype: torch.dtype, biased: bool, source: str, fill: str) -> None:
+    logits = on_device(untied(torch.empty(5, 12)).to(dtype))
     bias = on_device(torch.rand(12)) if biased else None
     kwargs = dict(n_group=4, topk_group=1, group_fill=fill, weight_source=source, score="sigmoid")
     weights, ids = gating.route(logits, bias, top_k=5, **kwargs)
@@ -166,7 +167,7 @@ def test_more_experts_than_the_best_groups_have(biased: bool, source: str, fill:
     if source == "choice":
         assert_within("route", weights, wanted_weights, torch.float32)
     else:
-        assert_within("route", weights, torch.sigmoid(logits).gather(1, ids.long()), torch.float32)
+        assert_within("route", weights, torch.sigmoid(logits.float()).gather(1, ids.long()), torch.float32)
 
 
 @pytest.mark.parametrize(
